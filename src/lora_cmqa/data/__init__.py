@@ -1,0 +1,1 @@
+"""rows -> examples -> tokens -> packed batches. No model, no GPU, no torch."""

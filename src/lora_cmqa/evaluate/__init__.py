@@ -1,0 +1,1 @@
+"""Base against adapter on the same rows, with intervals."""

@@ -1,0 +1,1 @@
+"""Each fast operation beside its plain twin."""

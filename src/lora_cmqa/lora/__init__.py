@@ -1,0 +1,1 @@
+"""The adapter: put in, run, saved, loaded, merged."""

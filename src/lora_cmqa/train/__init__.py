@@ -1,0 +1,1 @@
+"""Packs in, an adapter out, nothing lost on the way."""

@@ -1,0 +1,45 @@
+"""What every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def _shared_or_skip(part: str) -> Path:
+    folder = Path(os.environ.get("CMQA_SHARED", ROOT.parent / "shared")) / part
+    if not folder.exists():
+        message = f"needs {part} under CMQA_SHARED (default ../shared), which is not here"
+        if os.environ.get("CMQA_REQUIRE_SHARED") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cmqa_mini() -> Path:
+    """5,000 real cMedQA2 pairs in the cMQA layout (not part of the project)."""
+    return _shared_or_skip("data/cmqa-mini")
+
+
+@pytest.fixture(scope="session")
+def cepilepsyqa() -> Path:
+    return _shared_or_skip("data/cepilepsyqa")
+
+
+@pytest.fixture(scope="session")
+def qwen_v1() -> Path:
+    """Reference data made by the original Qwen-v1 stack (not part of the project)."""
+    return _shared_or_skip("fixtures/qwen-v1")
+
+
+@pytest.fixture()
+def tiny():
+    """The doll's house: (model, tokenizer) of the built-in tiny model in float64, random weights, no download."""
+    from lora_cmqa.models.load import load_model
+
+    return load_model("tiny", dtype="float64", device="cpu")
