@@ -2,12 +2,30 @@
 
 Reading it is inert: nothing is downloaded, no environment variable is set, torch is not imported.
 Names are those of HF TrainingArguments and PEFT LoraConfig. Only the top of a verb reads the tree.
+
+    Config > rooms > fields                       written once, with type, default and meaning
+    ["--learning_rate", "1e-4"]                   what a person types
+    ["--train.learning-rate", "1e-4"]             after `rewrite_argv`: full names, tyro's form
+    parse(Config, argv, yaml_file) -> Config      YAML's leaves go first, as flags of the same form
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import io
+import json
+import math
+import re
+import typing
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from .errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,7 @@ class EvaluateConfig:
     """Rows scored by loss; 0 takes the whole split."""
     split: Literal["dev", "test"] = "test"
     bootstrap_samples: int = 10_000
-    seed: int = 42
+    bootstrap_seed: int = 42
 
 
 @dataclass(frozen=True)
@@ -106,3 +124,298 @@ class Config:
     lora: LoraConfig = field(default_factory=LoraConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+
+
+# ---- names ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One field of a tree: `name` is "train.learning_rate"; `kind` its type with `| None` taken off."""
+
+    name: str
+    kind: Any
+    optional: bool
+
+    @property
+    def is_bool(self) -> bool:
+        return self.kind is bool
+
+    @property
+    def is_list(self) -> bool:
+        return typing.get_origin(self.kind) is tuple
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
+
+
+def settings(tree: type, prefix: str = "") -> Iterator[Setting]:
+    """Every field of a tree of dataclasses, in the order written."""
+    hints = typing.get_type_hints(tree)
+    for f in dataclasses.fields(tree):
+        kind = hints[f.name]
+        if dataclasses.is_dataclass(kind):
+            yield from settings(typing.cast(type, kind), f"{prefix}{f.name}.")
+            continue
+        inner = [a for a in typing.get_args(kind) if a is not type(None)]
+        optional = len(inner) < len(typing.get_args(kind))
+        yield Setting(prefix + f.name, inner[0] if optional else kind, optional)
+
+
+def _names(tree: type) -> dict[str, Setting]:
+    """Every way to write a flag of `tree` -> its setting.
+
+    train.save_steps:  train.save-steps  train-save-steps  save-steps (where no other room has it)
+    model.name_or_path: also model (a room named alone means its first field)
+    """
+    everything = list(settings(tree))
+    short: dict[str, list[Setting]] = {}
+    ways: dict[str, Setting] = {}
+    for s in everything:
+        full = s.name.replace("_", "-")
+        ways[full] = ways[full.replace(".", "-")] = s
+        short.setdefault(full.rsplit(".", 1)[-1], []).append(s)
+    for s in reversed(everything):  # reversed: the first field of a room is written last and stays
+        if "." in s.name:
+            ways[s.name.split(".", 1)[0]] = s
+    for name, owners in short.items():
+        if len(owners) == 1:
+            ways.setdefault(name, owners[0])
+    return ways
+
+
+def _unknown(name: str, tree: type, ways: dict[str, Setting], **where: Any) -> ConfigError:
+    owners = [s.name for s in settings(tree) if s.name.rsplit(".", 1)[-1].replace("_", "-") == name]
+    if len(owners) > 1:
+        return ConfigError(f"--{name} could mean {' or '.join(owners)}", hint="Write the full name.", **where)
+    near = difflib.get_close_matches(name, ways, n=1, cutoff=0.5)
+    hint = f"Did you mean --{near[0]}?" if near else "See --help for the names."
+    return ConfigError(f"unknown setting --{name}", hint=hint, **where)
+
+
+# ---- argv ----------------------------------------------------------------------------------------------------------
+
+_TRUE, _FALSE = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
+
+
+def rewrite_argv(tree: type, argv: Sequence[str], positionals: Sequence[str] = ()) -> list[str]:
+    """What a person types -> tyro's form: full names, `--flag` / `--room.no-flag` for booleans, choices in their case.
+
+    `positionals` names the settings that bare words fill, in order; the last one may be a list and takes the rest.
+    Raises ConfigError for an unknown flag (with the nearest one) and for a bare word too many.
+    """
+    ways = _names(tree)
+    words, out = list(argv), []
+    bare: list[str] = []
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--") or word == "--":
+            if word.startswith("-") and not re.match(r"-\d", word) and word not in ("-", "--"):
+                raise ConfigError(f"unknown option {word}", hint="Flags have two dashes; see --help.")
+            bare.append(word)
+            continue
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("_", "-").lower()
+        setting, negated = ways.get(name), False
+        if setting is None:
+            positive = re.sub(r"(^|\.)no-", r"\1", name, count=1)
+            if positive != name and (setting := ways.get(positive)) is not None and setting.is_bool:
+                negated = True
+            else:
+                raise _unknown(name, tree, ways)
+        if equals:
+            values = [value]
+        elif setting.is_bool:
+            values = [words.pop(0)] if words and words[0].lower() in _TRUE | _FALSE else []
+        else:
+            values = []
+            while words and (not words[0].startswith("--")) and (setting.is_list or not values):
+                values.append(words.pop(0))
+        out += _tyro_words(setting, values, negated)
+    for index, name in enumerate(positionals):
+        setting = ways[name.replace("_", "-")]
+        if bare:
+            take = len(bare) if index == len(positionals) - 1 and setting.is_list else 1
+            out += _tyro_words(setting, [bare.pop(0) for _ in range(take)], False)
+    if bare:
+        raise ConfigError(f"unexpected {bare[0]!r}", hint="Settings are written as --name value; see --help.")
+    return out
+
+
+def _tyro_words(setting: Setting, values: list[str], negated: bool) -> list[str]:
+    flag = "--" + setting.name.replace("_", "-")
+    if setting.is_bool:
+        on = not values or values[0].lower() in _TRUE
+        if values and values[0].lower() not in _TRUE | _FALSE:
+            raise ConfigError(f"{flag} takes True or False, not {values[0]!r}")
+        room, _, name = flag[2:].rpartition(".")
+        return [flag] if on != negated else [f"--{room + '.' if room else ''}no-{name}"]
+    if not values and not setting.is_list:
+        raise ConfigError(f"{flag} needs a value")
+    if setting.is_list and values == ["none"]:
+        values = []
+    if setting.choices:
+        by_case = {c.lower(): c for c in setting.choices}
+        if (values[0].lower()) not in by_case:
+            near = difflib.get_close_matches(values[0].lower(), by_case, n=1)
+            raise ConfigError(
+                f"{flag} cannot be {values[0]!r}",
+                hint=f"One of {', '.join(setting.choices)}." + (f" Did you mean {near[0]}?" if near else ""),
+            )
+        values = [by_case[values[0].lower()]]
+    if setting.kind is float and values and values[0].lower().lstrip("+-") in ("nan", "inf", "infinity"):
+        raise ConfigError(f"{flag} must be a finite number, not {values[0]}")
+    return [flag, *values]
+
+
+def _yaml_words(tree: type, file: Path) -> list[str]:
+    """The leaves of a YAML file as flags; a scalar where a room is expected sets the room's first field."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such file", file=file, hint="Named configs lie in configs/.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise ConfigError(f"not a readable YAML file: {str(e).splitlines()[0]}", file=file) from None
+    if content is None:
+        return []
+    if not isinstance(content, dict):
+        raise ConfigError(f"a mapping of settings is expected, found {type(content).__name__}", file=file)
+    ways, words = _names(tree), []
+
+    def walk(node: dict[Any, Any], prefix: str) -> None:
+        for key, value in node.items():
+            name = (prefix + str(key)).replace("_", "-")
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+                continue
+            setting = ways.get(name.lower())
+            if setting is None:
+                raise _unknown(name, tree, ways, file=file)
+            if value is None:
+                continue
+            values = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+            if isinstance(value, list) and not setting.is_list:
+                raise ConfigError(f"one value is expected, found a list of {len(value)}", file=file, field=setting.name)
+            try:
+                words.extend(_tyro_words(setting, values, False))
+            except ConfigError as e:
+                raise ConfigError(e.message, file=file, field=setting.name, hint=e.hint) from None
+
+    walk(content, "")
+    return words
+
+
+Tree = TypeVar("Tree")
+
+
+def parse(
+    tree: type[Tree],
+    argv: Sequence[str] = (),
+    *,
+    yaml_file: str | Path | None = None,
+    positionals: Sequence[str] = (),
+    prog: str | None = None,
+    description: str | None = None,
+) -> Tree:
+    """Defaults < YAML < flags -> one frozen tree. Raises ConfigError; SystemExit(0) after printing --help."""
+    import tyro
+
+    if any(word in ("-h", "--help") for word in argv):
+        return tyro.cli(tree, prog=prog, description=description, args=["--help"])
+    words = _yaml_words(tree, Path(yaml_file)) if yaml_file is not None else []
+    words += rewrite_argv(tree, argv, positionals)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            result = tyro.cli(tree, prog=prog, args=_last_of_each(words))
+    except SystemExit:
+        found = re.search(r"Error parsing (.*?)\s*[│|]?\s*$", said.getvalue(), re.MULTILINE)
+        reason = found.group(1) if found else " ".join(said.getvalue().split())[:300]
+        raise ConfigError(reason, hint="See --help for names and types.") from None
+    check_ranges(result)
+    return result
+
+
+def _last_of_each(words: list[str]) -> list[str]:
+    """Of a setting written twice the last one counts, also when a list or a boolean is written twice."""
+    groups: dict[str, list[str]] = {}
+    current: list[str] = []
+    for word in words:
+        if word.startswith("--"):
+            key = re.sub(r"(^--|\.)no-", r"\1", word)
+            groups.pop(key, None)
+            current = groups.setdefault(key, [])
+        current.append(word)
+    return [word for group in groups.values() for word in group]
+
+
+# ---- values --------------------------------------------------------------------------------------------------------
+
+_RANGES: dict[str, tuple[float, float]] = {
+    "data.model_max_length": (8, math.inf),
+    "data.dev_fraction": (0, 0.5),
+    "lora.r": (1, 4096),
+    "lora.lora_alpha": (1e-6, math.inf),
+    "lora.lora_dropout": (0, 0.95),
+    "train.num_train_epochs": (1e-6, math.inf),
+    "train.max_steps": (-1, math.inf),
+    "train.per_device_train_batch_size": (1, math.inf),
+    "train.gradient_accumulation_steps": (1, math.inf),
+    "train.per_device_eval_batch_size": (1, math.inf),
+    "train.max_tokens": (8, math.inf),
+    "train.learning_rate": (0, 10),
+    "train.weight_decay": (0, 10),
+    "train.adam_beta1": (0, 0.999999),
+    "train.adam_beta2": (0, 0.9999999),
+    "train.adam_epsilon": (0, 1),
+    "train.max_grad_norm": (0, math.inf),
+    "train.warmup_ratio": (0, 1),
+    "train.logging_steps": (1, math.inf),
+    "train.eval_steps": (0, math.inf),
+    "train.save_steps": (0, math.inf),
+    "train.save_total_limit": (0, math.inf),
+    "train.seed": (0, 2**63 - 1),
+    "evaluate.max_new_tokens": (1, math.inf),
+    "evaluate.generate_rows": (0, math.inf),
+    "evaluate.loss_rows": (0, math.inf),
+    "evaluate.bootstrap_samples": (100, 1_000_000),
+    "evaluate.bootstrap_seed": (0, 2**63 - 1),
+}
+
+
+def check_ranges(tree: Any) -> None:
+    """Raises ConfigError for the first value outside its range."""
+    for name, value in as_flat_dict(tree).items():
+        if name in _RANGES and value is not None:
+            low, high = _RANGES[name]
+            if not (low <= value <= high):
+                raise ConfigError(f"--{name.replace('_', '-')} is {value}; it must lie in {low:g} .. {high:g}")
+
+
+def as_flat_dict(tree: Any, prefix: str = "") -> dict[str, Any]:
+    """{"train.learning_rate": 3e-4, ...} in the order written."""
+    flat: dict[str, Any] = {}
+    for f in dataclasses.fields(tree):
+        value = getattr(tree, f.name)
+        if dataclasses.is_dataclass(value):
+            flat.update(as_flat_dict(value, f"{prefix}{f.name}."))
+        else:
+            flat[prefix + f.name] = value
+    return flat
+
+
+def as_yaml(tree: Any) -> str:
+    """The resolved tree; `parse(type(tree), yaml_file=...)` reads the same tree back."""
+    import yaml
+
+    plain = json.loads(json.dumps(dataclasses.asdict(tree)))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+
+
+def config_hash(tree: Any) -> str:
+    """sha256 over every setting but where the run is written: two runs with one hash compute the same."""
+    flat = {k: v for k, v in as_flat_dict(tree).items() if k != "train.output_dir"}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
