@@ -6,6 +6,8 @@ The front door. Every name is loaded on first use, so `import lora_cmqa` reads n
 from __future__ import annotations
 
 import importlib
+import sys
+import types
 from typing import Any
 
 __version__ = "0.1.0"
@@ -24,7 +26,7 @@ _FRONT_DOOR = {
     "import_adapter": "lora.adapter_import",
     "train": "train.loop",
     "train_steps": "train.loop",
-    "evaluate": "evaluate.report",
+    "evaluate": "evaluate.evaluation",
     "Chat": "engine.chat",
     "compare": "engine.chat",
 }
@@ -42,3 +44,14 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_FRONT_DOOR])
+
+
+class _FrontDoor(types.ModuleType):
+    """`train` and `evaluate` are rooms and public functions: importing the room must not hide the function."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if not (name in _FRONT_DOOR and isinstance(value, types.ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _FrontDoor
