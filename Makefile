@@ -1,0 +1,46 @@
+# Two commands do everything a newcomer needs, each in .venv, which it makes itself:
+#   make demo    install, then the whole walk on the embedded sample and base
+#   make test    install the dev extra, then every quick test
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Two test processes of one thread each: the tiny models gain nothing from more threads.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: demo test test-all check bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n 's/^#   //p' Makefile; echo "make check    lint, types, imports"; echo "make test-all the slow proofs"
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e ".[demo]"
+	@touch $@
+
+$(VENV)/.dev: $(BIN)/python pyproject.toml constraints.txt
+	$(PIP) install -q -c constraints.txt -e ".[dev]"
+	@touch $@
+
+demo: $(VENV)/.demo
+	$(BIN)/cmqa demo
+
+test: $(VENV)/.dev
+	$(PYTEST) -n 2 -m "not slow and not gpu"
+
+# One after the other with all cores: the slow proofs train and time.
+test-all: $(VENV)/.dev
+	TOKENIZERS_PARALLELISM=true $(BIN)/python -m pytest -m "slow and not gpu" --durations=15
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) runs data build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
