@@ -16,4 +16,14 @@ TEXT: dict[str, str] = {
     "cli.adapter_import": "An adapter of the Qwen v1 time into today's layout.",
     "cli.adapter_rebase": "The same adapter, named for the base's new place.",
     "cli.trained": "The adapter is in {run}.",
+    # chat
+    "chat.base": "base",
+    "chat.adapter": "adapter",
+    "chat.silence": "(no answer: the end token came first)",
+    "chat.welcome": "{run} on {base}. /base and /adapter switch, /reset forgets, /exit leaves. No medical advice.",
+    "chat.forgotten": "The conversation is forgotten.",
+    "chat.base_answers": "The base answers now; /adapter switches back.",
+    "chat.adapter_answers": "The adapter answers now.",
+    "chat.no_adapter": "There is no adapter here, only a base.",
+    "chat.unknown_command": "{command} is not one of /base /adapter /reset /exit.",
 }

@@ -16,4 +16,14 @@ TEXT: dict[str, str] = {
     "cli.adapter_import": "把 Qwen v1 时代的适配器转为今天的格式。",
     "cli.adapter_rebase": "同一适配器，改记基座的新位置。",
     "cli.trained": "适配器已保存在 {run}。",
+    # chat
+    "chat.base": "基座",
+    "chat.adapter": "适配器",
+    "chat.silence": "（没有回答：一开始就是结束符）",
+    "chat.welcome": "{run}，基座 {base}。/base 与 /adapter 切换，/reset 清空对话，/exit 退出。回答不构成医疗建议。",
+    "chat.forgotten": "已清空对话。",
+    "chat.base_answers": "现在由基座回答；/adapter 切换回来。",
+    "chat.adapter_answers": "现在由适配器回答。",
+    "chat.no_adapter": "这里只有基座，没有适配器。",
+    "chat.unknown_command": "{command} 不是 /base /adapter /reset /exit 之一。",
 }

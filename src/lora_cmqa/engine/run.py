@@ -1,0 +1,81 @@
+"""A run folder (or a bare base) -> all that answering needs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..data.template import ChatTemplate
+from ..errors import AdapterError, RunError
+from ..lora.adapter import load_adapter, read_adapter_config
+from ..lora.fingerprint import check_fingerprint
+from ..models.load import load_model
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """`model` is a PeftModel where `folder` holds an adapter, else the base as it is."""
+
+    model: Any
+    tokenizer: Any
+    template: ChatTemplate
+    stop_ids: tuple[int, ...]
+    folder: Path
+    base: str
+    has_adapter: bool
+
+
+def open_run(
+    run: str | Path,
+    *,
+    base: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+) -> OpenRun:
+    """Load the base and put the adapter of `run` on it, in eval mode.
+
+    `run` is a run folder, one of its checkpoints, or any PEFT adapter folder; a base model's name or folder opens
+    that base without an adapter. `base` overrides the base that the adapter names.
+    Raises RunError when nothing is there, AdapterError for an adapter that does not fit, ModelError for the base.
+    """
+    folder = Path(run)
+    has_adapter = (folder / "adapter_config.json").is_file()
+    if not has_adapter and folder.is_dir() and not (folder / "config.json").is_file():
+        raise RunError(
+            f"{folder} holds neither adapter_config.json nor config.json",
+            hint="Name the --output-dir of `cmqa train`, or one of its checkpoint-N folders.",
+        )
+    name = base or (read_adapter_config(folder)["base_model_name_or_path"] if has_adapter else str(run))
+    if not name:
+        raise AdapterError("the adapter names no base model", file=folder / "adapter_config.json", hint="Add --base M.")
+    model, tokenizer = load_model(name, dtype=dtype, device=device)
+    if has_adapter:
+        source = next((f for f in (folder, folder.parent) if (f / "fingerprint.json").is_file()), None)
+        if source is not None:
+            check_fingerprint(source, name)
+        model = load_adapter(model, folder)
+    model.eval()
+    template = ChatTemplate.from_tokenizer(tokenizer, _chat_template(folder) if has_adapter else None)
+    return OpenRun(model, tokenizer, template, _stop_ids(folder, template), folder, str(name), has_adapter)
+
+
+def _chat_template(folder: Path) -> str | None:
+    """The template the adapter was trained with; a checkpoint may leave it to the run folder above it."""
+    for place in (folder, folder.parent):
+        if (place / "chat_template.jinja").is_file():
+            return (place / "chat_template.jinja").read_text(encoding="utf-8")
+    return None
+
+
+def _stop_ids(folder: Path, template: ChatTemplate) -> tuple[int, ...]:
+    """What ends an answer: the ids stored with the adapter, and the template's own."""
+    ids = set(template.stop_ids)
+    for place in (folder, folder.parent):
+        file = place / "generation_config.json"
+        if file.is_file():
+            stored = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+            ids |= set(stored if isinstance(stored, list) else [stored] if stored is not None else [])
+            break
+    return tuple(sorted(ids))
