@@ -49,6 +49,8 @@ class DataConfig:
     """shorten: cut the answer at the last sentence end that fits, with its end token."""
     system: str | None = None
     """System prompt put before rows that have none; None adds nothing."""
+    chat_template: str | None = None
+    """chatml, gemma, or a .jinja file; None: ChatML for Qwen, else the tokenizer's own."""
     replay: str | None = None
     """General rows (JSONL of messages) mixed into the training rows, against forgetting."""
     dev_fraction: float = 0.0

@@ -71,12 +71,12 @@ class TokenizedExample:
 class Pack:
     """Rows laid end to end. A row sees itself only; no pad token stands between.
 
-        rows         [5 6 7 8 2]  [5 9 4 2]          8 2 and 4 2 are taught
-        input_ids     5 6 7 8 2    5 9 4 2           int32 [tokens]
-        position_ids  0 1 2 3 4    0 1 2 3           int32 [tokens]
-        row_lengths   5            4                 sums to tokens
-        predict_at    2 3          6 7               int32 [supervised]: whose hidden state predicts ...
-        targets       8 2          4 2               int32 [supervised]: ... this token
+    rows         [5 6 7 8 2]  [5 9 4 2]          8 2 and 4 2 are taught
+    input_ids     5 6 7 8 2    5 9 4 2           int32 [tokens]
+    position_ids  0 1 2 3 4    0 1 2 3           int32 [tokens]
+    row_lengths   5            4                 sums to tokens
+    predict_at    2 3          6 7               int32 [supervised]: whose hidden state predicts ...
+    targets       8 2          4 2               int32 [supervised]: ... this token
     """
 
     input_ids: np.ndarray
@@ -102,6 +102,7 @@ class Batch:
     packs: tuple[Pack, ...]
     step: int  # counts from 1 over the whole run
     epoch: float  # rows seen / rows of an epoch, after this step
+    step_supervised_tokens: int  # of the whole step, over all ranks: what the step's loss is divided by
 
     @property
     def tokens(self) -> int:

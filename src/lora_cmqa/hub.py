@@ -1,1 +1,75 @@
-"""Fetch a model by name. The only room that opens a socket, and only when a name is not a local path."""
+"""Fetch a model by name. The only room that opens a socket, and only when a name is not a local path.
+
+    fetch("Qwen/Qwen3-0.6B") -> folder in the hub's own cache
+
+The Hugging Face hub, or where HF_ENDPOINT points (a mirror); CMQA_HUB=modelscope takes ModelScope.
+Only weights as safetensors, JSON and tokenizer files come: no Python file, no pickle.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import ModelError
+
+FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*.tiktoken", "LICENSE*"]
+LEAVE = ["*/*"]  # sub-folders hold other formats (onnx/, original/, gguf/)
+
+
+def fetch(name: str) -> Path:
+    """The folder of a hub model `owner/name`, downloaded on first use.
+
+    Raises ModelError: no such model, no access, no network; the hint names the way without a hub.
+    """
+    hub = os.environ.get("CMQA_HUB", "huggingface").lower()
+    if hub not in ("huggingface", "modelscope"):
+        raise ModelError(f"CMQA_HUB is {hub!r}", hint="CMQA_HUB=huggingface or CMQA_HUB=modelscope")
+    return _from_modelscope(name) if hub == "modelscope" else _from_huggingface(name)
+
+
+def _from_huggingface(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    endpoint = os.environ.get("HF_ENDPOINT", "the Hugging Face hub")
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=LEAVE))
+    except GatedRepoError:
+        raise ModelError(
+            f"{name} is there, but its owner asks you to accept terms first",
+            hint="Accept them on the model's page and log in with `hf auth login`, or give a local folder.",
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(f"{endpoint} has no model {name} (or it is private)", hint=_local(name)) from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as e:
+        raise ModelError(f"{name} cannot be fetched from {endpoint}: {_reason(e)}", hint=_local(name)) from None
+
+
+def _from_modelscope(name: str) -> Path:
+    try:
+        from modelscope import snapshot_download
+    except ImportError:
+        raise ModelError(
+            "CMQA_HUB=modelscope needs the modelscope package, which is not installed", hint="pip install modelscope"
+        ) from None
+    try:
+        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=LEAVE))
+    except Exception as e:  # the package raises its own errors, requests' and ValueError for the same cause
+        raise ModelError(f"{name} cannot be fetched from ModelScope: {_reason(e)}", hint=_local(name)) from None
+
+
+def _reason(error: Exception) -> str:
+    """The first line of the innermost error: what failed, not where."""
+    while (inner := error.__cause__ or error.__context__) is not None and isinstance(inner, Exception):
+        error = inner
+    lines = str(error).strip().splitlines()
+    return (lines[0] if lines else type(error).__name__)[:200]
+
+
+def _local(name: str) -> str:
+    return (
+        f"Without a hub: copy the model's folder here and give its path, --model ./{name.rsplit('/', 1)[-1]} "
+        "(config.json, *.safetensors, tokenizer files), set HF_ENDPOINT to a mirror or CMQA_HUB=modelscope, "
+        "or take --model embedded."
+    )

@@ -1,0 +1,67 @@
+"""The user's cache: folders that are made once and then only read.
+
+    write_once("tiny-qwen2-1", build)      build(temporary folder)  ->  rename  ->  CACHE/tiny-qwen2-1
+
+A folder stands complete or not at all: two first starts at once both build, one rename wins, the other is thrown away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import ModelError
+
+
+def cache_root() -> Path:
+    """$CMQA_CACHE, else $XDG_CACHE_HOME/lora-cmqa, else ~/.cache/lora-cmqa."""
+    if named := os.environ.get("CMQA_CACHE"):
+        return Path(named).expanduser().absolute()
+    if home := os.environ.get("XDG_CACHE_HOME"):
+        return Path(home).absolute() / "lora-cmqa"
+    return Path.home() / ".cache" / "lora-cmqa"
+
+
+def write_once(name: str, build: Callable[[Path], None]) -> Path:
+    """CACHE/name; where it is absent, `build(folder)` fills a temporary folder that is renamed into place.
+
+    Raises ModelError when the cache cannot be written; a full disk (errno 28) stays an OSError.
+    """
+    folder = cache_root() / name
+    if folder.is_dir():
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{name}.", dir=folder.parent))
+    except OSError as e:
+        if e.errno == errno.ENOSPC:
+            raise
+        raise ModelError(
+            f"the cache folder {folder.parent} cannot be written: {e.strerror}",
+            hint="Name another one: CMQA_CACHE=/some/folder cmqa ...",
+        ) from None
+    try:
+        build(temporary)
+        _settle(temporary)
+        try:
+            temporary.rename(folder)
+        except OSError as e:
+            if e.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+            # Another process was first; what it wrote is the same.
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _settle(folder: Path) -> None:
+    """To the disk before the rename, and readable as any other file (mkdtemp gives 0700)."""
+    folder.chmod(0o755)
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with file.open("rb") as f:
+                os.fsync(f.fileno())

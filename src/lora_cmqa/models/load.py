@@ -1,0 +1,264 @@
+"""A name -> (model, tokenizer). Every Auto* call of the project stands here, and none runs a checkpoint's code.
+
+"embedded"            Gemma 3 270M of the demo extra            -> gguf.py
+"tiny", "tiny-llama"  built in, random weights                  -> tiny.py
+./a/folder            a native checkpoint (safetensors)
+./a/qwen-v1/folder    QWenLMHeadModel with qwen.tiktoken        -> qwen1.py
+owner/name            the hub                                   -> hub.py
+
+resolve(name) -> folder -> refuse_remote_code(folder) -> config, weights, tokenizer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import json
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging as transformers_logging
+
+from .. import hub
+from ..errors import ModelError
+from . import tiny
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+BUILT_IN = ("embedded", "tiny", *(f"tiny-{kind}" for kind in tiny.KINDS))
+USUAL = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "Qwen/Qwen2.5-7B-Instruct")  # for the nearest name only
+
+
+def load_model(
+    name_or_path: str | Path, dtype: str = "float32", device: str = "cpu"
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The base model in eval mode with frozen weights, and its tokenizer with its chat template.
+
+    dtype   float32, bfloat16, float16, float64, or auto: bfloat16 where the device computes in it, else float32
+    device  "cpu", "cuda", "cuda:1", or auto: a GPU when there is one
+
+    Raises ModelError: unknown name, no such folder, a checkpoint that needs its own code or a pickle, missing weights.
+    """
+    folder = resolve(name_or_path)
+    where = pick_device(device)
+    precision = pick_dtype(dtype, where)
+    refuse_remote_code(folder)
+    model = _load_native(folder, precision)
+    tokenizer = _load_tokenizer(folder)
+    return model.to(where).eval().requires_grad_(False), tokenizer
+
+
+# ---- a name -> a folder --------------------------------------------------------------------------------------------
+
+
+def resolve(name_or_path: str | Path) -> Path:
+    """The folder that holds the model: built in, local, or fetched from the hub. A local path opens no socket.
+
+    Raises ModelError for a path that is not there and for a name that is nothing we know.
+    """
+    name = str(name_or_path)
+    if name == "embedded":
+        from .gguf import embedded_folder
+
+        return embedded_folder()
+    if name == "tiny" or name in BUILT_IN:
+        return tiny.tiny_folder(name.removeprefix("tiny").removeprefix("-") or "qwen2")  # type: ignore[arg-type]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path.absolute()
+    if path.is_file():
+        raise ModelError("a model is a folder with config.json and *.safetensors; this is a file", file=path)
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and not Path(name).parent.is_dir():
+        return hub.fetch(name)
+    near = difflib.get_close_matches(name, [*BUILT_IN, *USUAL, *_folders_beside(path)], n=2, cutoff=0.5)
+    raise ModelError(
+        f"there is no model or folder {name!r}",
+        hint=(f"Did you mean {' or '.join(near)}? " if near else "")
+        + f"--model takes {', '.join(BUILT_IN[:2])}, a local folder, or a hub name such as {USUAL[0]}.",
+    )
+
+
+def _folders_beside(path: Path) -> list[str]:
+    try:
+        return [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()]
+    except OSError:
+        return []
+
+
+# ---- what is refused before anything is loaded -----------------------------------------------------------------------
+
+
+def refuse_remote_code(folder: str | Path) -> None:
+    """Raises ModelError for a checkpoint that only its own Python files can load; runs before any Auto* call.
+
+    A checkpoint may carry code beside a class that transformers has itself: then the code is ignored.
+    """
+    folder = Path(folder)
+    config = read_json(folder / "config.json", folder)
+    kind = config.get("model_type")
+    if config.get("auto_map") and kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ModelError(
+            f"model type {kind!r} is loaded by its own Python code only ({_first(config['auto_map'])}); "
+            "code of a checkpoint is never run here",
+            file=folder / "config.json",
+            hint="Take a checkpoint of a class that transformers has itself (Qwen3, Llama, Gemma 3, ...).",
+        )
+    for key in ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation"):
+        if "/" in json.dumps(config.get(key)):  # transformers would fetch that kernel and run it
+            raise ModelError(f"{key} names code on a hub: {config[key]!r}", file=folder / "config.json")
+    tokenizer_file = folder / "tokenizer_config.json"
+    if tokenizer_file.exists() and not (folder / "tokenizer.json").exists():
+        if code := read_json(tokenizer_file, folder).get("auto_map"):
+            raise ModelError(
+                f"the tokenizer is loaded by its own Python code only ({_first(code)}); code is never run here",
+                file=tokenizer_file,
+                hint="Put a tokenizer.json beside it.",
+            )
+
+
+def _first(auto_map: Any) -> str:
+    values = auto_map.values() if isinstance(auto_map, dict) else auto_map
+    return next((str(v) for v in values if v), "auto_map")
+
+
+def read_json(file: Path, folder: Path) -> dict[str, Any]:
+    """A JSON object of a model's folder; ModelError when it is absent (saying what the folder is) or broken."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if (folder / "adapter_config.json").exists():
+            raise ModelError(
+                "this is an adapter, not a base model", file=folder, hint=f"cmqa chat {folder} loads it on its base."
+            ) from None
+        raise ModelError(
+            f"no {file.name}", file=folder, hint="A model's folder holds config.json, *.safetensors and its tokenizer."
+        ) from None
+    except (OSError, ValueError) as e:
+        raise ModelError(f"not readable JSON: {e}", file=file) from None
+    if not isinstance(content, dict):
+        raise ModelError(f"an object is expected, found {type(content).__name__}", file=file)
+    return content
+
+
+def check_weight_files(folder: Path) -> None:
+    """Raises ModelError unless the folder's weights are safetensors and all shards of the index are there."""
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"the weights are pickles ({pickles[0]}{', ...' if len(pickles) > 1 else ''}), which are never opened",
+                file=folder,
+                hint="Take the checkpoint's safetensors form; most hubs hold both.",
+            )
+        raise ModelError("no *.safetensors", file=folder)
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        named = set(read_json(index, folder).get("weight_map", {}).values())
+        missing = sorted(n for n in named if not (folder / n).exists())
+        if missing:
+            raise ModelError(f"{len(missing)} of {len(named)} weight files are missing: {missing[0]}", file=folder)
+
+
+# ---- a folder -> model and tokenizer -------------------------------------------------------------------------------
+
+
+def _load_native(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    check_weight_files(folder)
+    try:
+        with _no_progress_bar():
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype,
+                attn_implementation="sdpa",
+                use_safetensors=True,
+                output_loading_info=True,
+                trust_remote_code=False,
+                local_files_only=True,
+            )
+    except Exception as e:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError ...
+        if isinstance(e, OSError) and e.errno:
+            raise
+        raise ModelError(f"cannot be loaded: {_short(e)}", file=folder) from e
+    lacking = sorted(info["missing_keys"]) + sorted(str(k) for k in info["mismatched_keys"])
+    if lacking:
+        raise ModelError(
+            f"{len(lacking)} weights are missing or of another shape, the first is {lacking[0]}",
+            file=folder,
+            hint="The checkpoint does not fit its config.json; fetch it anew.",
+        )
+    return model
+
+
+def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    except Exception as e:
+        if isinstance(e, OSError) and e.errno:
+            raise
+        raise ModelError(f"its tokenizer cannot be loaded: {_short(e)}", file=folder) from e
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
+
+
+@contextlib.contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A model of this size loads in seconds; the terminal belongs to our own lines."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()
+
+
+# ---- device and dtype ------------------------------------------------------------------------------------------------
+
+
+def pick_device(device: str) -> torch.device:
+    """auto: the GPU when there is one. Raises ModelError for a device that this machine lacks."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        where = torch.device(device)
+    except RuntimeError:
+        raise ModelError(
+            f"device {device!r} is none that torch knows", hint="--device auto, cpu, cuda, cuda:1"
+        ) from None
+    if where.type == "cuda" and not (torch.cuda.is_available() and (where.index or 0) < torch.cuda.device_count()):
+        raise ModelError(
+            f"device {device!r} is asked for; this machine has {torch.cuda.device_count()} usable GPUs",
+            hint="--device cpu, or --device auto",
+        )
+    return where
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """auto: bfloat16 where the device computes in it (not where it would be emulated), else float32."""
+    if dtype == "auto":
+        return torch.bfloat16 if computes_in_bfloat16(device) else torch.float32
+    if dtype not in DTYPES:
+        raise ModelError(f"dtype {dtype!r} is unknown", hint=f"One of auto, {', '.join(DTYPES)}.")
+    return DTYPES[dtype]
+
+
+def computes_in_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or platform.system() != "Linux":
+        return False
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})  # x86, then ARM
