@@ -1,0 +1,219 @@
+"""An adapter on disk, in PEFT's own layout, and back.
+
+    adapter_config.json          what PEFT's LoraConfig writes, deterministic, rsLoRA folded into lora_alpha
+    adapter_model.safetensors    base_model.model.<path>.lora_A.weight [r, in], ...lora_B.weight [out, r], float32
+
+Written in the *portable profile*, which loads unchanged in PEFT, vLLM and, converted, in llama.cpp: plain LoRA, one
+rank, all layers, no bias. Loading refuses what others take in silence: another base's tensors, a missing layer,
+a dead adapter, pickles and code in the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..errors import AdapterError
+from .decoder import causal_lm
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+# Keys PEFT writes that change nothing when they hold these values; any other value of theirs is refused at loading.
+_PLAIN = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "use_dora": False,
+    "lora_bias": False,
+    "layer_replication": None,
+    "megatron_config": None,
+    "auto_mapping": None,
+    "trainable_token_indices": None,
+    "target_parameters": None,
+    "exclude_modules": None,
+}
+_KNOWN = {
+    *_PLAIN,
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "base_model_name_or_path"),
+    *("inference_mode", "init_lora_weights", "rank_pattern", "alpha_pattern", "revision", "peft_version"),
+    *("layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config"),
+    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "qalora_group_size", "use_qalora"),
+    *("lora_ga_config", "use_bdlora", "velora_config"),
+}
+
+
+# ---- out -------------------------------------------------------------------------------------------------------------
+
+
+def adapter_files(model: PeftModel, *, base_model_name_or_path: str) -> dict[str, bytes]:
+    """The two files of an adapter as bytes; the same weights give the same bytes."""
+    config = model.peft_config["default"]
+    assert isinstance(config, LoraConfig)
+    written = config.to_dict()
+    if config.use_rslora:  # folded: engines that do not know rsLoRA scale by lora_alpha / r
+        written |= {"use_rslora": False, "lora_alpha": config.lora_alpha * math.sqrt(config.r)}
+    targets = written["target_modules"]
+    written |= {
+        "base_model_name_or_path": str(base_model_name_or_path),
+        "inference_mode": True,
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+    }
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in sorted(tensors.items())}
+    text = json.dumps(written, indent=2, sort_keys=True, default=_as_json) + "\n"
+    return {CONFIG: text.encode(), WEIGHTS: save(plain, metadata={"format": "pt"})}
+
+
+def save_adapter(model: PeftModel, folder: str | Path, *, base_model_name_or_path: str) -> Path:
+    """Write the adapter of `model` into `folder` (made when absent); its inverse is `load_adapter`."""
+    place = Path(folder)
+    place.mkdir(parents=True, exist_ok=True)
+    for name, content in adapter_files(model, base_model_name_or_path=base_model_name_or_path).items():
+        (place / name).write_bytes(content)
+    return place
+
+
+# ---- in --------------------------------------------------------------------------------------------------------------
+
+
+def read_adapter_config(folder: str | Path) -> dict[str, Any]:
+    """adapter_config.json, its keys checked against what this project knows: nothing in it is imported or fetched.
+
+    Raises AdapterError for an unknown key, another kind of adapter, or a value no plain LoRA has.
+    """
+    file = Path(folder) / CONFIG
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"no {CONFIG}", file=folder, hint="Name the folder that `cmqa train` wrote.") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        raise AdapterError(f"not readable as JSON: {e}", file=file) from None
+    if not isinstance(config, dict):
+        raise AdapterError(f"an object is expected, found {type(config).__name__}", file=file)
+    for key, value in config.items():
+        if key not in _KNOWN and value not in (None, False, {}, []):
+            raise AdapterError("a key that no LoRA adapter known here has", file=file, field=key)
+        if key in _PLAIN and value not in (_PLAIN[key], None, False):
+            raise AdapterError(f"{value!r} is not plain LoRA, the only kind loaded here", file=file, field=key)
+    r, alpha = config.get("r"), config.get("lora_alpha")
+    if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= 4096:
+        raise AdapterError(f"{r!r} is not a rank (1 .. 4096)", file=file, field="r")
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not math.isfinite(alpha) or alpha <= 0:
+        raise AdapterError(f"{alpha!r} is not a positive number", file=file, field="lora_alpha")
+    targets = config.get("target_modules")
+    if not targets or not (isinstance(targets, str) or all(isinstance(t, str) for t in targets)):
+        raise AdapterError(f"{targets!r} names no module", file=file, field="target_modules")
+    return config
+
+
+def load_adapter(
+    model: Any, folder: str | Path, *, allow_inert: bool = False, is_trainable: bool = False
+) -> PeftModel:
+    """Put the adapter of `folder` on the base `model`, in place.
+
+    Every tensor of the file lands and every LoRA layer gets its tensors, of the right shape and finite.
+    Raises AdapterError otherwise, for pickles or code in the folder, and for an adapter whose B is zero everywhere
+    (it would answer as the base) unless `allow_inert`.
+    """
+    place = Path(folder)
+    config = read_adapter_config(place)
+    _refuse_code(place)
+    tensors = read_tensors(place / WEIGHTS)
+    modules = {name.rsplit(".", 1)[-1] for name, _ in causal_lm(model).named_modules()}
+    targets = config["target_modules"]
+    absent = [t for t in targets if t.rsplit(".", 1)[-1] not in modules] if not isinstance(targets, str) else []
+    if absent:
+        raise AdapterError(
+            f"{type(model).__name__} has no module {absent[0]!r}: this adapter belongs to another kind of model",
+            file=place / CONFIG,
+            hint="An adapter of Qwen v1's time: `cmqa adapter import OLD --base BASE --out NEW`.",
+        )
+    lora = LoraConfig(
+        r=config["r"],
+        lora_alpha=config["lora_alpha"],
+        lora_dropout=config.get("lora_dropout", 0.0) if is_trainable else 0.0,
+        target_modules=targets,
+        modules_to_save=config.get("modules_to_save"),
+        use_rslora=config.get("use_rslora", False),
+        rank_pattern=config.get("rank_pattern") or {},
+        alpha_pattern=config.get("alpha_pattern") or {},
+        layers_to_transform=config.get("layers_to_transform"),
+        layers_pattern=config.get("layers_pattern"),
+        base_model_name_or_path=config.get("base_model_name_or_path"),
+        inference_mode=not is_trainable,
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        wrapped = PeftModel(model, lora)  # the layers' random start is overwritten below
+    try:
+        _check_tensors(place / WEIGHTS, tensors, get_peft_model_state_dict(wrapped, save_embedding_layers=False))
+        if not allow_inert and not any(t.any() for k, t in tensors.items() if "lora_A" not in k):
+            raise AdapterError("every lora_B is zero: this adapter would answer as its base", file=place / WEIGHTS)
+    except AdapterError:
+        wrapped.unload()  # the base is given back as it came
+        raise
+    set_peft_model_state_dict(wrapped, tensors)
+    return wrapped.train(is_trainable)
+
+
+def read_tensors(file: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file. Raises AdapterError when it is absent, torn, or not finite."""
+    if not file.is_file():
+        raise AdapterError("the adapter's weights are missing", file=file)
+    try:
+        with safe_open(str(file), framework="pt") as f:
+            tensors = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118  # safe_open is no mapping
+    except (SafetensorError, OSError, ValueError) as e:
+        raise AdapterError(f"not a whole safetensors file: {e}", file=file) from None
+    bad = [k for k, t in tensors.items() if not torch.isfinite(t).all()]
+    if bad:
+        raise AdapterError(f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity, the first is {bad[0]}", file=file)
+    return tensors
+
+
+def _check_tensors(file: Path, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    missing, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    if missing or foreign:
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} of {len(wanted)} tensors that the base's layers need are missing ({missing[0]})")
+        if foreign:
+            parts.append(f"{len(foreign)} belong to no layer of this base ({foreign[0]})")
+        raise AdapterError("; ".join(parts), file=file, hint="The adapter was trained on another base or another depth.")
+    for key, tensor in found.items():
+        if tensor.shape != wanted[key].shape:
+            raise AdapterError(
+                f"{key} is {list(tensor.shape)}, the base needs {list(wanted[key].shape)}",
+                file=file,
+                hint="The adapter was trained on a base of another size.",
+            )
+
+
+def _refuse_code(folder: Path) -> None:
+    """Code in an adapter folder has no purpose here. Pickles of old checkpoints may lie there: they are never opened,
+    but weights that exist only as a pickle are refused."""
+    code = sorted(p.name for p in folder.glob("*.py"))
+    if code:
+        raise AdapterError(f"{code[0]}: an adapter folder holds no code", file=folder, hint="Delete it and try again.")
+    if not (folder / WEIGHTS).is_file() and (pickles := sorted(p.name for p in folder.glob("*.bin"))):
+        raise AdapterError(
+            f"{pickles[0]} is a pickle, which is never opened here",
+            file=folder,
+            hint="An adapter of Qwen v1's time: `cmqa adapter import OLD --base BASE --out NEW`.",
+        )
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return getattr(value, "value", str(value))
