@@ -116,9 +116,7 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     return config
 
 
-def load_adapter(
-    model: Any, folder: str | Path, *, allow_inert: bool = False, is_trainable: bool = False
-) -> PeftModel:
+def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, is_trainable: bool = False) -> PeftModel:
     """Put the adapter of `folder` on the base `model`, in place.
 
     Every tensor of the file lands and every LoRA layer gets its tensors, of the right shape and finite.
@@ -177,7 +175,9 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
         raise AdapterError(f"not a whole safetensors file: {e}", file=file) from None
     bad = [k for k, t in tensors.items() if not torch.isfinite(t).all()]
     if bad:
-        raise AdapterError(f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity, the first is {bad[0]}", file=file)
+        raise AdapterError(
+            f"{len(bad)} of {len(tensors)} tensors hold NaN or infinity, the first is {bad[0]}", file=file
+        )
     return tensors
 
 
@@ -186,10 +186,14 @@ def _check_tensors(file: Path, found: dict[str, torch.Tensor], wanted: dict[str,
     if missing or foreign:
         parts = []
         if missing:
-            parts.append(f"{len(missing)} of {len(wanted)} tensors that the base's layers need are missing ({missing[0]})")
+            parts.append(
+                f"{len(missing)} of {len(wanted)} tensors that the base's layers need are missing ({missing[0]})"
+            )
         if foreign:
             parts.append(f"{len(foreign)} belong to no layer of this base ({foreign[0]})")
-        raise AdapterError("; ".join(parts), file=file, hint="The adapter was trained on another base or another depth.")
+        raise AdapterError(
+            "; ".join(parts), file=file, hint="The adapter was trained on another base or another depth."
+        )
     for key, tensor in found.items():
         if tensor.shape != wanted[key].shape:
             raise AdapterError(
