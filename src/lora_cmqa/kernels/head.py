@@ -31,51 +31,64 @@ def linear_cross_entropy(
     hidden [rows, width], weight [vocabulary, width] of the same dtype, targets [rows] int64.
     scale multiplies the logits (Cohere's logit_scale), then softcap * tanh(logits / softcap) (Gemma 2).
     """
-    if weight.requires_grad or softcap is not None:
+    if weight.requires_grad:
         return linear_cross_entropy_plain(hidden, weight, targets, softcap=softcap, scale=scale)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk, scale)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk, softcap, scale)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, chunk: int, scale: float
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        chunk: int,
+        softcap: float | None,
+        scale: float,
     ) -> torch.Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)  # bf16 would lose the tail of the softmax
         rows, wants_grad = len(hidden), ctx.needs_input_grad[0]
         losses = torch.empty(rows, dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_grad else None
-        buffer = torch.empty(min(chunk, rows), len(weight), dtype=hidden.dtype, device=hidden.device)
         tile = _TILE if hidden.device.type == "cpu" else chunk
+        # Both buffers are made once: asking for megabytes anew for each tile costs more than the softmax itself.
+        buffer = hidden.new_empty(min(chunk, rows), len(weight))
+        scratch = None if exact == hidden.dtype else hidden.new_empty(min(tile, chunk, rows), len(weight), dtype=exact)
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
             logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - start])
-            for t in range(0, len(logits), tile):
-                some = logits[t : t + tile]
-                losses[start + t : start + t + len(some)] = _loss_and_gradient(
-                    some, targets[start + t : start + t + len(some)], scale, exact, wants_grad
-                )
+            for first in range(0, len(logits), tile):
+                some = logits[first : first + tile]
+                here = slice(start + first, start + first + len(some))
+                z = some if scratch is None else scratch[: len(some)].copy_(some)
+                losses[here] = _losses_in_place(z, targets[here], softcap, scale, wants_grad)
+                if scratch is not None and wants_grad:
+                    some.copy_(z)
             if gradient is not None:
                 torch.mm(logits, weight, out=gradient[part])
         ctx.save_for_backward(gradient)
         return losses
 
     @staticmethod
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None]:
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
         (gradient,) = ctx.saved_tensors
-        by_row = upstream[0].to(gradient.dtype)[:, None]
-        return gradient * by_row, None, None, None, None
+        return gradient * upstream[0].to(gradient.dtype)[:, None], None, None, None, None, None
 
 
-def _loss_and_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, scale: float, exact: torch.dtype, wants_grad: bool
+def _losses_in_place(
+    z: torch.Tensor, targets: torch.Tensor, softcap: float | None, scale: float, wants_grad: bool
 ) -> torch.Tensor:
-    """Losses [rows] of a tile; with wants_grad it is overwritten by d loss / d logits = scale (softmax - onehot)."""
-    z = logits.to(exact)
+    """Losses [rows] of the raw logits z [rows, vocabulary], which are overwritten: with wants_grad by
+    d loss / d z = (softmax - onehot) * scale * (1 - tanh^2), else by nothing of use."""
     if scale != 1:
-        z = z * scale
-    elif z is logits:
-        z = z.clone()
+        z.mul_(scale)
+    slope = None
+    if softcap is not None:
+        z.div_(softcap).tanh_()
+        slope = 1 - z.square() if wants_grad else None
+        z.mul_(softcap)
     at = targets[:, None]
     largest = z.amax(1, keepdim=True)
     chosen = z.gather(1, at)
@@ -83,7 +96,10 @@ def _loss_and_gradient(
     losses = (total.log() + largest - chosen)[:, 0]
     if wants_grad:
         z.div_(total).scatter_add_(1, at, torch.full_like(chosen, -1))
-        logits.copy_(z if scale == 1 else z.mul_(scale))
+        if slope is not None:
+            z.mul_(slope)
+        if scale != 1:
+            z.mul_(scale)
     return losses
 
 

@@ -9,7 +9,7 @@ registry and for the time of the call only, by kernels.packed_attention, which t
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -112,9 +112,38 @@ AttentionInterface.register(_NAME, _attention)
 
 @contextlib.contextmanager
 def _packed(causal: Any) -> Iterator[None]:
-    """The body's attention is ours inside, its own again outside. (No mask is made for a name transformers
-    has no mask for, and none is wanted.)"""
-    config = causal.get_decoder().config
+    """The body's attention is ours inside, its own again outside. (transformers makes no mask for a name that it has
+    no mask function for, and none is wanted.)
+
+    Gradient checkpointing runs a layer once more in the backward, when this block is long left. So what is
+    checkpointed is not the layer's forward but the forward with our attention around it.
+    """
+    decoder = causal.get_decoder()
+    layers = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
+    own = [m._gradient_checkpointing_func for m in layers]
+    for layer, checkpoint in zip(layers, own, strict=True):
+        layer._gradient_checkpointing_func = _checkpoint_with_ours(checkpoint, decoder.config)
+    try:
+        with _our_attention(decoder.config):
+            yield
+    finally:
+        for layer, checkpoint in zip(layers, own, strict=True):
+            layer._gradient_checkpointing_func = checkpoint
+
+
+def _checkpoint_with_ours(checkpoint: Callable[..., Any], config: Any) -> Callable[..., Any]:
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        def with_ours(*inputs: Any) -> Any:
+            with _our_attention(config):
+                return function(*inputs)
+
+        return checkpoint(with_ours, *args)
+
+    return run
+
+
+@contextlib.contextmanager
+def _our_attention(config: Any) -> Iterator[None]:
     before = config._attn_implementation
     config._attn_implementation = _NAME
     try:

@@ -1,0 +1,108 @@
+"""packed_attention beside its plain twin, and both beside the rows taken one by one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lora_cmqa.kernels.attention import _groups, packed_attention, packed_attention_plain
+
+ROWS = [
+    pytest.param((5,), id="one row"),
+    pytest.param((7, 7, 7), id="even"),
+    pytest.param((9, 5, 4, 3), id="uneven"),
+    pytest.param((3, 9, 4), id="not sorted"),
+    pytest.param((1, 1, 6, 1), id="rows of one token"),
+    pytest.param((24, 23, 22, 22), id="one group, padded"),
+]
+
+
+def qkv(tokens: int, heads: int, kv_heads: int, dim: int = 8, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(tokens * 100 + heads * 10 + kv_heads)
+    return tuple(
+        torch.randn(tokens, n, dim, generator=generator, dtype=dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)
+    )
+
+
+def forward_backward(attend, tensors, *args, **settings):
+    out = attend(*tensors, *args, **settings)
+    seed = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    return out.detach(), torch.autograd.grad(out, tensors, seed)
+
+
+@pytest.mark.parametrize("row_lengths", ROWS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [None, 1, 4, 23, 64])
+def test_fast_equals_plain_forward_and_backward(row_lengths, heads, kv_heads, window):
+    tensors = qkv(sum(row_lengths), heads, kv_heads)
+    fast = forward_backward(packed_attention, tensors, row_lengths, scale=0.3, window=window)
+    plain = forward_backward(packed_attention_plain, tensors, row_lengths, scale=0.3, window=window)
+    torch.testing.assert_close(fast[0], plain[0], rtol=1e-10, atol=1e-12)
+    for a, b in zip(fast[1], plain[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_softcap_equals_plain(window):
+    tensors = qkv(12, 4, 2)
+    settings = {"scale": 2.0, "softcap": 1.5, "window": window}
+    fast = forward_backward(packed_attention, tensors, (7, 5), **settings)
+    plain = forward_backward(packed_attention_plain, tensors, (7, 5), **settings)
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+    uncapped = packed_attention(*tensors, (7, 5), scale=2.0, window=window)
+    assert not torch.allclose(fast[0], uncapped, atol=1e-3)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_packed_rows_equal_single_rows_of_torch(window):
+    """The outside oracle: torch's own attention on each row alone."""
+    row_lengths = (9, 9, 5, 1)
+    q, k, v = qkv(sum(row_lengths), 4, 2)
+    alone, start = [], 0
+    for n in row_lengths:
+        one = [x[start : start + n].transpose(0, 1)[None] for x in (q, k, v)]
+        i = torch.arange(n)
+        seen = (i[None] <= i[:, None]) & (i[:, None] - i[None] < (window or n))
+        out = torch.nn.functional.scaled_dot_product_attention(*one, attn_mask=seen, scale=0.3, enable_gqa=True)
+        alone.append(out[0].transpose(0, 1))
+        start += n
+    torch.testing.assert_close(
+        packed_attention(q, k, v, row_lengths, scale=0.3, window=window), torch.cat(alone), rtol=1e-10, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(("row_lengths", "window"), [((4, 2, 1), None), ((5, 4), 3)])
+def test_gradcheck(row_lengths, window):
+    tensors = qkv(sum(row_lengths), 2, 1, dim=4)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v: packed_attention(q, k, v, row_lengths, scale=0.5, window=window), tensors
+    )
+
+
+@pytest.mark.parametrize("attend", [packed_attention, packed_attention_plain])
+def test_no_row_sees_another(attend):
+    row_lengths = (8, 8, 7)
+    q, k, v = (x.detach() for x in qkv(23, 4, 2, dtype=torch.float32))
+    before = attend(q, k, v, row_lengths, scale=0.3)
+    for x in (q, k, v):
+        x[8:16] += 1.0
+    after = attend(q, k, v, row_lengths, scale=0.3)
+    assert torch.equal(before[:8], after[:8])
+    assert torch.equal(before[16:], after[16:])
+    assert not torch.equal(before[8:16], after[8:16])
+
+
+def test_bfloat16_keeps_its_dtype_and_stays_near_the_exact_answer():
+    exact = qkv(30, 4, 1)
+    half = tuple(x.detach().bfloat16() for x in exact)
+    out = packed_attention(*half, (16, 14), scale=0.3)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out.double(), packed_attention(*exact, (16, 14), scale=0.3), rtol=0, atol=0.03)
+
+
+def test_groups_hold_rows_of_like_length_and_lose_none():
+    assert _groups((100, 95, 90, 60, 58, 10)) == [[100, 95, 90], [60, 58], [10]]
+    lengths = [37, 36, 31, 30, 12, 12, 11, 3, 2, 1, 1]
+    groups = _groups(lengths)
+    assert [n for g in groups for n in g] == lengths
+    assert all(max(g) - min(g) <= 0.125 * max(g) for g in groups)
