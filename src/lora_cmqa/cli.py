@@ -23,7 +23,7 @@ from .messages import language, say, set_language
 Result = dict[str, Any]
 
 
-# ---- what each verb takes ------------------------------------------------------------------------------------------
+# ---- what each verb takes ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ class AdapterRebaseArgs:
     out: str = ""
 
 
-# ---- what each verb does -------------------------------------------------------------------------------------------
+# ---- what each verb does -----------------------------------------------------------------------------------------
 
 
 def run_demo(args: DemoArgs) -> Result:
@@ -246,7 +246,7 @@ def _needed(name: str, value: str | None) -> str:
     return value
 
 
-# ---- what each verb prints when --json is not asked for --------------------------------------------------------------
+# ---- what each verb prints when --json is not asked for ----------------------------------------------------------
 
 
 def print_nothing(result: Result) -> None:
@@ -316,7 +316,7 @@ VERBS: dict[str, Verb] = {
 }
 
 
-# ---- from argv to exit code ------------------------------------------------------------------------------------------
+# ---- from argv to exit code --------------------------------------------------------------------------------------
 
 
 def main(argv: Sequence[str] | None = None) -> int:

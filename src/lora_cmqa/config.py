@@ -53,6 +53,8 @@ class DataConfig:
     """chatml, gemma, or a .jinja file; None: ChatML for Qwen, else the tokenizer's own."""
     replay: str | None = None
     """General rows (JSONL of messages) mixed into the training rows, against forgetting."""
+    dev_path: str | None = None
+    """Dev rows in a file or folder of their own, in place of the dev split of path."""
     dev_fraction: float = 0.0
     """Of the rows of a single file that names no dev split: this share becomes the dev set."""
 
@@ -91,7 +93,10 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Clipping by the global L2 norm; 0 switches it off."""
     warmup_ratio: float = 0.03
-    lr_scheduler_type: Literal["cosine", "linear", "constant"] = "cosine"
+    """Share of all steps over which the learning rate rises; the first step of a rise has rate 0, as in HF."""
+    warmup_steps: int = 0
+    """Steps of the rise; more than 0 wins over warmup_ratio."""
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     gradient_checkpointing: bool = False
     bf16: bool = False
     """The seed's flag: the base in bfloat16 (model.dtype bfloat16)."""
@@ -105,6 +110,10 @@ class TrainConfig:
     seed: int = 42
     report_to: tuple[str, ...] = ()
     """Trackers: tensorboard."""
+    resume: Literal["auto", "anyway"] = "auto"
+    """anyway: go on with a run that was started on other versions or another processor, and note it."""
+    max_bad_steps: int = 10
+    """A step whose loss or gradient is not finite is not applied; more than this many in a row end the run."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +137,7 @@ class Config:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
-# ---- names ---------------------------------------------------------------------------------------------------------
+# ---- names -------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -196,7 +205,7 @@ def _unknown(name: str, tree: type, ways: dict[str, Setting], **where: Any) -> C
     return ConfigError(f"unknown setting --{name}", hint=hint, **where)
 
 
-# ---- argv ----------------------------------------------------------------------------------------------------------
+# ---- argv --------------------------------------------------------------------------------------------------------
 
 _TRUE, _FALSE = {"true", "yes", "1", "on"}, {"false", "no", "0", "off"}
 
@@ -354,7 +363,7 @@ def _last_of_each(words: list[str]) -> list[str]:
     return [word for group in groups.values() for word in group]
 
 
-# ---- values --------------------------------------------------------------------------------------------------------
+# ---- values ------------------------------------------------------------------------------------------------------
 
 _RANGES: dict[str, tuple[float, float]] = {
     "data.model_max_length": (8, math.inf),
@@ -375,6 +384,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.adam_epsilon": (0, 1),
     "train.max_grad_norm": (0, math.inf),
     "train.warmup_ratio": (0, 1),
+    "train.warmup_steps": (0, math.inf),
+    "train.max_bad_steps": (0, math.inf),
     "train.logging_steps": (1, math.inf),
     "train.eval_steps": (0, math.inf),
     "train.save_steps": (0, math.inf),
