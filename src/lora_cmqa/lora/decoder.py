@@ -9,10 +9,12 @@ registry and for the time of the call only, by kernels.packed_attention, which t
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.utils.checkpoint
 from transformers import AttentionInterface
 
 from ..core import Pack
@@ -62,6 +64,18 @@ def pack_losses(model: Any, pack: Pack, *, chunk: int = CHUNK) -> torch.Tensor:
 def token_losses(model: Any, pack: Pack, *, chunk: int = CHUNK) -> torch.Tensor:
     """`pack_losses` without a graph, for evaluation."""
     return pack_losses(model, pack, chunk=chunk)
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Keep each layer's input only and compute the layer again in the backward, with the same attention."""
+    causal = causal_lm(model)
+    way = functools.partial(
+        torch.utils.checkpoint.checkpoint,
+        use_reentrant=False,
+        # The backward runs after `_packed` has ended: without this the layer would be computed again with another one.
+        context_fn=lambda: (contextlib.nullcontext(), _packed(causal)),
+    )
+    causal._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=way)
 
 
 def causal_lm(model: Any) -> Any:

@@ -31,10 +31,13 @@ TEXT: dict[str, str] = {
     "train.evaluated": "step {step}: dev loss {loss}",
     "train.evaluated_best": "step {step}: dev loss {loss}, the best so far",
     "train.rows": "{name}: {kept} rows, {tokens} tokens, longest {longest}.",
-    "train.dropped": "{name}: {dropped} of {read} rows left out ({too_long} longer than {max_length} tokens, {no_supervised} without an answer).",
+    "train.dropped": "{name}: {dropped} of {read} rows left out "
+    "({too_long} longer than {max_length} tokens, {no_supervised} without an answer).",
     "train.shortened": "{name}: {shortened} answers shortened at a sentence end to fit {max_length} tokens.",
-    "train.model": "{base} in {dtype} on {device} ({threads} CPU threads); {trained} weights are trained beside its {total}.",
-    "train.saved_modules": "modules_to_save {modules}: {parameters} more weights are trained, about {gib} GiB with gradients and optimizer states.",
+    "train.model": "{base} in {dtype} on {device} ({threads} CPU threads); "
+    "{trained} weights are trained beside its {total}.",
+    "train.saved_modules": "modules_to_save {modules}: {parameters} more weights are trained, "
+    "about {gib} GiB with gradients and optimizer states.",
     "train.resumed": "Resumed from {checkpoint}.",
     "train.passed_over": "Passed over a checkpoint: {reason}",
     "train.already_done": "{run} is complete already; nothing was changed.",

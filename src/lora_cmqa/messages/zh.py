@@ -31,7 +31,8 @@ TEXT: dict[str, str] = {
     "train.evaluated": "第 {step} 步：验证损失 {loss}",
     "train.evaluated_best": "第 {step} 步：验证损失 {loss}，目前最好",
     "train.rows": "{name}：{kept} 行，{tokens} 词元，最长 {longest}。",
-    "train.dropped": "{name}：{read} 行中有 {dropped} 行未采用（{too_long} 行超过 {max_length} 词元，{no_supervised} 行没有回答）。",
+    "train.dropped": "{name}：{read} 行中有 {dropped} 行未采用"
+    "（{too_long} 行超过 {max_length} 词元，{no_supervised} 行没有回答）。",
     "train.shortened": "{name}：{shortened} 条回答在句末截短，以不超过 {max_length} 词元。",
     "train.model": "{base}，{dtype}，{device}（{threads} 个 CPU 线程）；在其 {total} 个权重之外训练 {trained} 个。",
     "train.saved_modules": "modules_to_save {modules}：另训练 {parameters} 个参数，连同梯度和优化器状态约 {gib} GiB。",

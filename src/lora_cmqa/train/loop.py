@@ -1,0 +1,513 @@
+"""From rows to an adapter, and on from wherever it was stopped.
+
+rows -> tokens -> stream of batches -> [ step -> metrics line -> dev loss -> checkpoint ]* -> adapter
+
+The run folder is complete in itself; running the same command again resumes it, and a finished run is left as it is.
+After each step, in this order: the step's line, the dev loss when it is due, the checkpoint when it is due, and only
+then a signal is obeyed. A checkpoint knows whether its step was evaluated, so a resume repeats nothing and skips
+nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config import Config, as_flat_dict
+from ..core import Batch, Example, Pack, StepMetrics, TokenizedExample
+from ..data.pack import pack
+from ..data.prepare import load_split
+from ..data.stream import BatchStream
+from ..data.template import ChatTemplate, EncodeReport, encode_all
+from ..errors import ConfigError, DataError, Interrupted, RunError
+from ..lora.adapter import WEIGHTS, adapter_files
+from ..lora.decoder import checkpoint_activations, token_losses
+from ..lora.fingerprint import FILE as FINGERPRINT
+from ..lora.fingerprint import check_fingerprint
+from ..lora.inject import QWEN_V1_NAMES, inject_lora, lora_parameters
+from ..messages import say
+from ..models.load import load_model, pick_device, pick_dtype
+from .checkpoint import BEST, load_checkpoint, newest_whole, save_checkpoint
+from .commit import check_space, disk_errors, remove_leftovers, write_file
+from .model_card import model_card
+from .optim import Schedule, adamw, warmup_steps_of
+from .run_folder import (
+    CARD,
+    METRICS,
+    RunLock,
+    base_name,
+    check_same_config,
+    environment,
+    is_finished,
+    open_run_folder,
+    same_environment,
+    stored_dtype,
+    write_adapter,
+    write_companions,
+    write_settings,
+    write_state,
+)
+from .step import StepResult, train_step
+from .tracking import DevMetrics, MetricsFile, Progress, TensorBoard, check_trackers, peak_memory_bytes
+
+HINT = "Make room and run the same command again: it goes on from the last checkpoint."
+
+
+def train(config: Config) -> Path:
+    """Train an adapter as `config` says and return its run folder; the same call again resumes it.
+
+    A finished run of the same settings returns at once and no byte of it changes.
+    Raises ConfigError, DataError, ModelError, RunError for bad input; ResourceError when the disk is full or
+    read-only; Interrupted after SIGINT or SIGTERM, with a checkpoint.
+    """
+    if not config.train.output_dir:
+        raise ConfigError("no --output-dir", hint="cmqa train --model M --data DIR --output-dir runs/NAME")
+    if not config.data.path:
+        raise ConfigError("no --data", hint="cmqa prepare SRC --out DIR, then --data DIR")
+    check_trackers(config.train.report_to)
+    folder = Path(config.train.output_dir)
+    started_before = check_same_config(folder, config)
+    if started_before and is_finished(folder):
+        _tell(say("train.already_done", run=folder))
+        return folder
+    open_run_folder(folder)
+    threads = torch.get_num_threads()
+    try:
+        with RunLock(folder), disk_errors(f"the run in {folder} cannot be written", HINT):
+            _start(config, folder).go()
+    finally:
+        torch.set_num_threads(threads)
+    return folder
+
+
+def train_steps(
+    model: Any,
+    stream: BatchStream,
+    optimizer: torch.optim.Optimizer,
+    schedule: Schedule,
+    *,
+    max_grad_norm: float = 1.0,
+    on_bad_step: Callable[[Batch, StepResult], None] | None = None,
+) -> Iterator[StepMetrics]:
+    """Train what requires a gradient in `model` on the batches of `stream`; yields after each optimizer step.
+
+    Between two steps the caller may evaluate, save (`stream.state` is the place) or stop.
+    A step whose loss or gradient is not finite changes nothing; `on_bad_step` hears of it before it is yielded.
+    """
+    device = next(model.parameters()).device
+    for batch, _ in stream:
+        started = time.perf_counter()
+        rate = schedule.learning_rate_at(batch.step)
+        result = train_step(model, batch, optimizer, learning_rate=rate, max_grad_norm=max_grad_norm)
+        if not result.is_finite and on_bad_step is not None:
+            on_bad_step(batch, result)
+        yield StepMetrics(
+            step=batch.step,
+            epoch=round(batch.epoch, 6),
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            tokens=batch.tokens,
+            supervised_tokens=batch.supervised_tokens,
+            world_size=stream.world_size,
+            time=_time(started, batch.tokens, device),
+        )
+
+
+def dev_loss(model: Any, packs: Sequence[Pack], *, stop: Callable[[], bool] = lambda: False) -> float | None:
+    """Loss per answer token over `packs`, in nats, without dropout; None when `stop` said so on the way."""
+    model.eval()
+    total, tokens = 0.0, 0
+    for p in packs:
+        if stop():
+            return None
+        total += float(token_losses(model, p).double().sum())
+        tokens += p.supervised_tokens
+    return total / tokens
+
+
+def _time(started: float, tokens: int, device: torch.device) -> dict[str, Any]:
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": round(seconds, 4),
+        "tokens_per_second": round(tokens / max(seconds, 1e-9), 1),
+        "peak_memory_bytes": peak_memory_bytes(device),
+    }
+
+
+# ---- one run -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Run:
+    """A run between its start and its end. `best_step`, `evaluated_step` and `bad_in_a_row` go into checkpoints."""
+
+    config: Config
+    folder: Path
+    model: Any
+    base: str
+    stream: BatchStream
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    dev_packs: tuple[Pack, ...]
+    companions: dict[str, Path]
+    step: int = 0
+    epoch: float = 0.0
+    best_step: int | None = None
+    best_loss: float = math.inf
+    evaluated_step: int = -1
+    bad_in_a_row: int = 0
+    tokens: int = 0
+    signals: _StopSignals = field(default_factory=lambda: _StopSignals())
+
+    def go(self) -> None:
+        started, first = time.perf_counter(), self._resume()
+        t = self.config.train
+        with self.signals, Progress(self.stream.total_steps, first, t.logging_steps) as self.progress:
+            self.metrics = MetricsFile(self.folder / METRICS, cut_after=first or -1)
+            self.board = TensorBoard(self.folder / "tensorboard", after=first) if t.report_to else None
+            try:
+                self._steps()
+            finally:
+                self.metrics.close()
+                if self.board is not None:
+                    self.board.close()
+        self._finish(self.stream.total_steps - first, time.perf_counter() - started)
+
+    def _steps(self) -> None:
+        if self._evaluation_due():  # before the first step; or a signal came before it could be made
+            self._evaluate()
+        self._obey_signal()
+        t = self.config.train
+        for m in train_steps(
+            self.model,
+            self.stream,
+            self.optimizer,
+            self.schedule,
+            max_grad_norm=t.max_grad_norm,
+            on_bad_step=self._bad_step,
+        ):
+            self.step, self.epoch = m.step, m.epoch
+            self.tokens += m.tokens
+            if math.isfinite(m.loss) and math.isfinite(m.grad_norm):
+                self.bad_in_a_row = 0
+            self.metrics.write(m)
+            self.progress.step(m)
+            if self.board is not None and m.step % t.logging_steps == 0:
+                self.board.write(m)
+            if self._evaluation_due():
+                self._evaluate()
+            if self._is_due(t.save_steps) or self.signals.received:
+                self._save()
+            self._obey_signal()
+
+    def _is_due(self, every: int) -> bool:
+        """Every so many steps, or at the end of each epoch (0); always after the last step."""
+        interval = every or self.stream.steps_per_epoch
+        return self.step == self.stream.total_steps or (self.step > 0 and self.step % interval == 0)
+
+    def _evaluation_due(self) -> bool:
+        """Also before the first step: the base's own loss is what the others are compared with."""
+        due = self.step == 0 or self._is_due(self.config.train.eval_steps)
+        return bool(self.dev_packs) and due and self.evaluated_step != self.step
+
+    def _evaluate(self) -> None:
+        started = time.perf_counter()
+        loss = dev_loss(self.model, self.dev_packs, stop=lambda: bool(self.signals.received))
+        if loss is None:  # the resumed run makes it first of all
+            return
+        self.evaluated_step = self.step
+        tokens = sum(p.tokens for p in self.dev_packs)
+        m = DevMetrics(
+            self.step, self.epoch, loss, tokens, _time(started, tokens, next(self.model.parameters()).device)
+        )
+        is_best = self.step > 0 and loss < self.best_loss  # at step 0 the adapter does nothing yet
+        if is_best:
+            self.best_step, self.best_loss = self.step, loss
+            write_adapter(self.folder, self._adapter_files())
+        self.metrics.write(m)
+        self.progress.dev(m, is_best)
+        if self.board is not None:
+            self.board.write(m)
+
+    def _adapter_files(self) -> dict[str, bytes]:
+        return adapter_files(self.model, base_model_name_or_path=self.base)
+
+    def _obey_signal(self) -> None:
+        if not self.signals.received or self.step == self.stream.total_steps:
+            return
+        raise Interrupted(
+            f"stopped by {signal.Signals(self.signals.received).name} after step {self.step} of "
+            f"{self.stream.total_steps}" + (", with a checkpoint" if self.step else ""),
+            signal_number=self.signals.received,
+            hint="Run the same command again: it goes on from there.",
+        )
+
+    def _bad_step(self, batch: Batch, result: StepResult) -> None:
+        folder = self.folder / "bad-batches"
+        folder.mkdir(exist_ok=True)
+        file = folder / f"step-{batch.step}.json"
+        content = {"step": batch.step, "loss": str(result.loss), "grad_norm": str(result.grad_norm)}
+        text = json.dumps(content | {"rows": list(batch.example_ids)}, indent=2, ensure_ascii=False) + "\n"
+        write_file(file, text.encode())
+        self.progress.print(say("train.bad_batch", step=batch.step, file=file))
+        self.bad_in_a_row += 1
+        if self.bad_in_a_row > self.config.train.max_bad_steps:
+            raise RunError(
+                f"{self.bad_in_a_row} steps in a row had a loss or a gradient that is not finite; nothing of them was "
+                "applied, and their rows are named there",
+                file=folder,
+                hint="A smaller --learning-rate with a new --output-dir, --model.dtype float32, or a look at the rows.",
+            )
+
+    # ---- checkpoints ---------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        self.metrics.sync()
+        best_elsewhere = self.best_step not in (None, self.step)
+        save_checkpoint(
+            self.folder,
+            self.model,
+            self.optimizer,
+            self.schedule,
+            data_state=self.stream.state,
+            trainer_state=self._state(),
+            training_args=as_flat_dict(self.config),
+            base_model_name_or_path=self.base,
+            companions=self.companions | ({BEST: self.folder / WEIGHTS} if best_elsewhere else {}),
+            save_total_limit=self.config.train.save_total_limit,
+        )
+        if not self.dev_packs:
+            write_adapter(self.folder, self._adapter_files())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "global_step": self.step,
+            "max_steps": self.stream.total_steps,
+            "epoch": self.epoch,
+            "best_global_step": self.best_step,
+            "best_metric": self.best_loss if self.best_step else None,  # dev loss, nats per answer token
+            "evaluated_step": self.evaluated_step,
+            "bad_steps_in_a_row": self.bad_in_a_row,
+            "tokens": self.tokens,
+        }
+
+    def _resume(self) -> int:
+        """Put everything back as the newest whole checkpoint has it; the step it stands at, 0 at a first start."""
+        remove_leftovers(self.folder, "checkpoint-*")
+        found, damaged = newest_whole(self.folder)
+        for reason in damaged:
+            _tell(say("train.passed_over", reason=reason))
+        if found is None:
+            return 0
+        stored = load_checkpoint(found, self.model, self.optimizer, self.schedule)
+        self.stream.resume(stored.data_state)
+        s = stored.trainer_state
+        self.step, self.epoch, self.tokens = stored.step, s["epoch"], s["tokens"]
+        self.best_step, self.evaluated_step = s["best_global_step"], s["evaluated_step"]
+        self.best_loss = s["best_metric"] if self.best_step else math.inf
+        self.bad_in_a_row = s["bad_steps_in_a_row"]
+        if self.best_step:  # a later best may have been written before the run was killed
+            best = (found / (WEIGHTS if self.best_step == self.step else BEST)).read_bytes()
+            write_adapter(self.folder, self._adapter_files() | {WEIGHTS: best})
+        _tell(say("train.resumed", checkpoint=found))
+        return self.step
+
+    # ---- the end -------------------------------------------------------------------------------------------------
+
+    def _finish(self, steps: int, seconds: float) -> None:
+        if not self.best_step:
+            write_adapter(self.folder, self._adapter_files())
+        measured = (
+            [f"dev loss | {self.best_loss:.4f} nats per answer token, step {self.best_step}"] if self.best_step else []
+        )
+        write_file(self.folder / CARD, model_card(self.config, self.base, measured=measured).encode())
+        state = self._state() | {
+            "adapter": "best on dev" if self.best_step else "last",
+            "adapter_step": self.best_step or self.step,
+            "finished": True,
+        }
+        write_state(self.folder, state)
+        best = say("train.which_best", step=self.best_step, dev_loss=f"{self.best_loss:.4f}")
+        _tell(
+            say(
+                "train.done",
+                steps=steps,
+                minutes=f"{seconds / 60:.1f}",
+                which=best if self.best_step else say("train.which_last"),
+            )
+        )
+
+
+class _StopSignals:
+    """SIGINT and SIGTERM only ask; the run answers after its step. A second one changes nothing."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        if threading.current_thread() is threading.main_thread():  # elsewhere the caller handles signals
+            self._before = {s: signal.signal(s, self._remember) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _remember(self, number: int, _: Any) -> None:
+        self.received = self.received or number
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+# ---- what a run is made of ---------------------------------------------------------------------------------------
+
+
+def _start(config: Config, folder: Path) -> _Run:
+    """Read, encode, load, inject: everything that a first start and a resume do alike."""
+    m, d, t = config.model, config.data, config.train
+    device = pick_device(m.device)
+    wanted = "bfloat16" if t.bf16 and m.dtype == "auto" else m.dtype
+    dtype = pick_dtype(stored_dtype(folder) or wanted if wanted == "auto" else wanted, device)
+    same_environment(folder, environment(device, dtype), anyway=t.resume == "anyway")
+    train_examples, dev_examples = _read_rows(config)
+    model, tokenizer = load_model(m.name_or_path, dtype=str(dtype).removeprefix("torch."), device=str(device))
+    template = ChatTemplate.from_tokenizer(tokenizer, d.chat_template)
+    rows = _encode(train_examples, "train", config, template)
+    dev_rows = _encode(dev_examples, "dev", config, template) if dev_examples else []
+    _announce_modules_to_save(model, config.lora.modules_to_save)
+    model = _inject(model, config)
+    if t.gradient_checkpointing:
+        checkpoint_activations(model)
+    torch.manual_seed(t.seed)  # dropout draws from here on
+    stream = BatchStream(
+        rows,
+        rows_per_step=t.per_device_train_batch_size * t.gradient_accumulation_steps,
+        max_tokens=t.max_tokens,
+        num_train_epochs=t.num_train_epochs,
+        max_steps=t.max_steps,
+        seed=t.seed,
+    )
+    warmup = warmup_steps_of(stream.total_steps, warmup_steps=t.warmup_steps, warmup_ratio=t.warmup_ratio)
+    parameters = lora_parameters(model)
+    check_space(folder, 4 * sum(p.numel() * p.element_size() for p in parameters.values()))  # a checkpoint, the adapter
+    if (folder / FINGERPRINT).exists():
+        check_fingerprint(folder, m.name_or_path)
+    base = base_name(m.name_or_path)
+    write_settings(folder, config)
+    return _Run(
+        config=config,
+        folder=folder,
+        model=model,
+        base=base,
+        stream=stream,
+        optimizer=adamw(
+            parameters,
+            weight_decay=t.weight_decay,
+            adam_beta1=t.adam_beta1,
+            adam_beta2=t.adam_beta2,
+            adam_epsilon=t.adam_epsilon,
+        ),
+        schedule=Schedule(t.lr_scheduler_type, t.learning_rate, warmup, stream.total_steps),
+        dev_packs=pack(dev_rows, max_tokens=t.max_tokens) if dev_rows else (),
+        companions=write_companions(folder, tokenizer, template, m.name_or_path, model_card(config, base), model),
+    )
+
+
+def _inject(model: Any, config: Config) -> Any:
+    lora, total = config.lora, sum(p.numel() for p in model.parameters())
+    weights = next(model.parameters())
+    wrapped = inject_lora(
+        model,
+        r=lora.r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=lora.target_modules,
+        modules_to_save=lora.modules_to_save,
+        use_rslora=lora.use_rslora,
+        seed=config.train.seed,
+    )
+    trained = sum(p.numel() for p in lora_parameters(wrapped).values())
+    _tell(
+        say(
+            "train.model",
+            base=config.model.name_or_path,
+            dtype=str(weights.dtype).removeprefix("torch."),
+            device=weights.device,
+            threads=torch.get_num_threads(),
+            trained=f"{trained:,}",
+            total=f"{total:,}",
+        )
+    )
+    return wrapped
+
+
+def _announce_modules_to_save(model: Any, names: Sequence[str]) -> None:
+    """The seed's trap: a whole embedding and head in training cost more than all else. Said before it is paid."""
+    today = {n for name in names for n in (name, *QWEN_V1_NAMES.get(name, ()))}
+    found = [p for n, module in model.named_modules() if n.rsplit(".", 1)[-1] in today for p in module.parameters()]
+    if found:
+        count, copy = sum(p.numel() for p in found), sum(p.numel() * p.element_size() for p in found)
+        gib = f"{4 * copy / 2**30:.2f}"  # the copy, its gradient, AdamW's two moments
+        _tell(say("train.saved_modules", modules=" ".join(names), parameters=f"{count:,}", gib=gib))
+
+
+def _read_rows(config: Config) -> tuple[list[Example], list[Example]]:
+    d, seed = config.data, config.train.seed
+    path = Path(d.path or "")
+    rows = load_split(path, "train", dev_fraction=d.dev_fraction, seed=seed)
+    if not rows:
+        raise DataError("no training row", file=path, hint="`cmqa prepare SRC --out DIR` accounts for every row.")
+    if d.replay:
+        rows = [*rows, *load_split(d.replay, "train")]
+    if d.dev_path is None:
+        return rows, load_split(path, "dev", dev_fraction=d.dev_fraction, seed=seed)
+    dev = load_split(d.dev_path, "dev") or load_split(d.dev_path, "train")  # a file that names no split is all dev rows
+    return rows, dev
+
+
+def _encode(examples: Sequence[Example], name: str, config: Config, template: ChatTemplate) -> list[TokenizedExample]:
+    d = config.data
+    rows, report = encode_all(
+        examples, template, max_length=d.model_max_length, on_too_long=d.on_too_long, system=d.system
+    )
+    _say_encoded(name, report, d.model_max_length)
+    if not rows:
+        raise DataError(
+            f"no {name} row is left of {report.read}: {report.too_long} are longer than {d.model_max_length} tokens, "
+            f"{report.no_supervised} have no answer to learn",
+            file=d.path,
+            hint="A larger --model-max-length, or --on-too-long shorten.",
+        )
+    return rows
+
+
+def _say_encoded(name: str, report: EncodeReport, max_length: int) -> None:
+    _tell(say("train.rows", name=name, kept=report.kept, tokens=f"{report.tokens:,}", longest=report.longest))
+    if dropped := report.too_long + report.no_supervised:
+        _tell(
+            say(
+                "train.dropped",
+                name=name,
+                dropped=dropped,
+                read=report.read,
+                too_long=report.too_long,
+                no_supervised=report.no_supervised,
+                max_length=max_length,
+            )
+        )
+    if report.shortened:
+        _tell(say("train.shortened", name=name, shortened=report.shortened, max_length=max_length))

@@ -1,0 +1,59 @@
+"""README.md of a run folder: what the adapter is, what it was made of, what it is not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config import Config
+
+
+def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> str:
+    """Front matter that hubs read, then a few plain sections. `measured` are lines known at the run's end."""
+    t, lora = config.train, config.lora
+    local = Path(base).is_absolute()  # a path of this machine says nothing to others: the fingerprint names the base
+    name = config.model.name_or_path if not local else Path(config.model.name_or_path).name
+    card = _data_card(config)
+    targets = " ".join(lora.target_modules)
+    whole = f"; trained whole: {' '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
+    lines = [
+        "---",
+        "library_name: peft",
+        "pipeline_tag: text-generation",
+        *([] if local else [f"base_model: {base}"]),
+        "tags: [lora, medical, question-answering]",
+        "---",
+        "",
+        f"# A LoRA adapter for {name}",
+        "",
+        "Trained with lora-cmqa. It writes text that looks like medical answers; it gives **no medical advice**, may",
+        "be wrong, and must not decide about anybody's health.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| base | {name} (its hashes: `fingerprint.json`) |",
+        *([f"| data | {card['source']}, licence {card['licence']} |"] if card else []),
+        *(f"| sha256 of {file} | {digest} |" for file, digest in sorted(card.get("outputs", {}).items())),
+        f"| LoRA | r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}{whole} |",
+        f"| a step | {t.per_device_train_batch_size * t.gradient_accumulation_steps} rows |",
+        f"| learning rate | {t.learning_rate:g}, {t.lr_scheduler_type} |",
+        f"| epochs | {t.num_train_epochs:g} |" if t.max_steps <= 0 else f"| steps | {t.max_steps} |",
+        f"| seed | {t.seed} |",
+        *(f"| {line} |" for line in measured),
+        "",
+        "Every setting stands in `config.yaml`, versions and device in `environment.json`. Use it with",
+        "`cmqa chat FOLDER`, or `peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _data_card(config: Config) -> dict:
+    """The data folder's own card, where `cmqa prepare` left one."""
+    file = Path(config.data.path or "") / "data_card.json"
+    try:
+        card = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return {"source": "unknown", "licence": "unknown", **card} if isinstance(card, dict) else {}

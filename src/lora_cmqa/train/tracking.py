@@ -1,0 +1,201 @@
+"""What a run says while it runs: metrics.jsonl, the progress line, TensorBoard.
+
+    step line        {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens",
+                      "world_size", "time": {"seconds", "tokens_per_second", "peak_memory_bytes"}}
+    evaluation line  {"step", "epoch", "dev_loss", "tokens", "time": {...}}
+
+Two runs of one config differ in `time` only. A step that was not applied has null where its number was not finite.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..core import StepMetrics
+from ..errors import ConfigError
+from ..messages import say
+from .commit import write_file
+
+TRACKERS = ("tensorboard",)
+
+
+@dataclass(frozen=True, slots=True)
+class DevMetrics:
+    """The other kind of line: an evaluation on the dev rows after `step` steps."""
+
+    step: int
+    epoch: float
+    dev_loss: float  # nats per answer token
+    tokens: int
+    time: dict[str, Any] = field(default_factory=dict)
+
+
+Metrics = StepMetrics | DevMetrics
+
+
+# ---- metrics.jsonl -----------------------------------------------------------------------------------------------
+
+
+class MetricsFile:
+    """Appends one line per step, flushed at once. `cut_after` is used when a run goes on from an older step."""
+
+    def __init__(self, file: Path, *, cut_after: int = -1) -> None:
+        self.file = file
+        if file.exists():
+            write_file(file, b"".join(_lines_until(file, cut_after)))
+        self._handle = file.open("ab")
+
+    def write(self, metrics: Metrics) -> None:
+        plain = {k: _finite(v) for k, v in asdict(metrics).items()}
+        self._handle.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
+        self._handle.flush()
+
+    def sync(self) -> None:
+        """To the disk itself: a checkpoint must not be ahead of its metrics after a power cut."""
+        os.fsync(self._handle.fileno())
+
+    def close(self) -> None:
+        self._handle.close()
+
+
+def _lines_until(file: Path, step: int) -> list[bytes]:
+    """The lines of steps up to `step`; a torn last line is left out."""
+    kept = []
+    for line in file.read_bytes().splitlines(keepends=True):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or content["step"] > step:
+            break
+        kept.append(line)
+    return kept
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """CUDA: the allocator's peak. CPU: the process's peak resident set."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        import resource
+        import sys
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
+
+
+# ---- the terminal ------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """A live line in a terminal; elsewhere a plain line every `logging_steps` steps."""
+
+    def __init__(self, total_steps: int, done: int, logging_steps: int) -> None:
+        from rich.console import Console
+
+        self.total, self.done, self.every = total_steps, done, logging_steps
+        self.console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._started_at = done
+        self._seconds = self._tokens = 0.0
+        self._bar: Any = None
+
+    def __enter__(self) -> Progress:
+        if self.console.is_terminal:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+            from rich.progress import Progress as Bar
+
+            self._bar = Bar(
+                BarColumn(bar_width=20), MofNCompleteColumn(), TextColumn("{task.description}"), console=self.console
+            )
+            self._task = self._bar.add_task("", total=self.total, completed=self.done)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def print(self, text: str) -> None:
+        """A line above the live one."""
+        self.console.print(text, markup=False)
+
+    def step(self, metrics: StepMetrics) -> None:
+        self.done = metrics.step
+        self._seconds += metrics.time["seconds"]
+        self._tokens += metrics.tokens
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, description=self._line(metrics))
+        elif self.done % self.every == 0 or self.done == self.total:
+            self.print(f"{self.done}/{self.total} {self._line(metrics)}")
+
+    def dev(self, metrics: DevMetrics, is_best: bool) -> None:
+        key = "train.evaluated_best" if is_best else "train.evaluated"
+        self.print(say(key, step=metrics.step, loss=f"{metrics.dev_loss:.4f}"))
+
+    def _line(self, metrics: StepMetrics) -> str:
+        left = (self.total - self.done) * self._seconds / max(1, self.done - self._started_at)
+        return say(
+            "train.progress",
+            loss=f"{metrics.loss:.4f}",
+            speed=f"{self._tokens / max(self._seconds, 1e-9):,.0f}",
+            left=f"{int(left) // 60}:{int(left) % 60:02d}",
+            memory=f"{metrics.time['peak_memory_bytes'] / 2**30:.2f}",
+        )
+
+
+# ---- trackers ----------------------------------------------------------------------------------------------------
+
+
+def check_trackers(report_to: Sequence[str]) -> None:
+    """Raises ConfigError for a tracker that is unknown or not installed, before anything is loaded."""
+    for name in report_to:
+        if name not in TRACKERS:
+            raise ConfigError(f"--report-to {name} is unknown", hint=f"One of none, {', '.join(TRACKERS)}.")
+        try:
+            import tensorboard  # noqa: F401
+        except ImportError:
+            raise ConfigError(
+                "--report-to tensorboard needs the tensorboard package, which is not installed",
+                hint='pip install "lora-cmqa[track]"',
+            ) from None
+
+
+class TensorBoard:
+    """Event files under `folder`; `after` drops what an earlier attempt wrote for later steps."""
+
+    def __init__(self, folder: Path, *, after: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=after + 1)
+
+    def write(self, metrics: Metrics) -> None:
+        for key, value in asdict(metrics).items():
+            if isinstance(value, float):
+                self._writer.add_scalar(
+                    f"dev/{key}" if isinstance(metrics, DevMetrics) else f"train/{key}", value, metrics.step
+                )
+
+    def close(self) -> None:
+        self._writer.close()
