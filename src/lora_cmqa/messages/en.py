@@ -26,6 +26,11 @@ TEXT: dict[str, str] = {
     "chat.adapter_answers": "The adapter answers now.",
     "chat.no_adapter": "There is no adapter here, only a base.",
     "chat.unknown_command": "{command} is not one of /base /adapter /reset /exit.",
+    # models
+    "models.layers_dropped": (
+        "Keeping the first {kept} of {layers} layers: {dropped} of {total} million parameters are left out. The model "
+        "was trained with all of them: it starts worse, and the adapter fits only a base that is cut in the same way."
+    ),
     # train
     "train.progress": "loss {loss}  {speed} tokens/s  {left} left  {memory} GiB",
     "train.evaluated": "step {step}: dev loss {loss}",

@@ -26,6 +26,11 @@ TEXT: dict[str, str] = {
     "chat.adapter_answers": "现在由适配器回答。",
     "chat.no_adapter": "这里只有基座，没有适配器。",
     "chat.unknown_command": "{command} 不是 /base /adapter /reset /exit 之一。",
+    # models
+    "models.layers_dropped": (
+        "只保留前 {kept} 层（共 {layers} 层）：{total} 百万参数中有 {dropped} 百万不参与。"
+        "模型训练时用了全部层，因此起点更差；得到的适配器只适用于同样裁剪的基座。"
+    ),
     # train
     "train.progress": "损失 {loss}  {speed} 词元/秒  剩余 {left}  {memory} GiB",
     "train.evaluated": "第 {step} 步：验证损失 {loss}",

@@ -7,12 +7,15 @@ A folder stands complete or not at all: two first starts at once both build, one
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from transformers.utils import logging as transformers_logging
 
 from ..errors import ModelError
 
@@ -65,3 +68,15 @@ def _settle(folder: Path) -> None:
         if file.is_file():
             with file.open("rb") as f:
                 os.fsync(f.fileno())
+
+
+@contextlib.contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Without transformers' own bars: the terminal belongs to our lines."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

@@ -1,56 +1,95 @@
 """A name -> (model, tokenizer). Every Auto* call of the project stands here, and none runs a checkpoint's code.
 
-"embedded"            Gemma 3 270M of the demo extra            -> gguf.py
-"tiny", "tiny-llama"  built in, random weights                  -> tiny.py
-./a/folder            a native checkpoint (safetensors)
-./a/qwen-v1/folder    QWenLMHeadModel with qwen.tiktoken        -> qwen1.py
-owner/name            the hub                                   -> hub.py
+    "embedded"            Gemma 3 270M of the demo extra            -> gguf.py
+    "tiny", "tiny-llama"  built in, random weights                  -> tiny.py
+    ./a/folder            a native checkpoint (safetensors)
+    ./a/qwen-v1/folder    QWenLMHeadModel with qwen.tiktoken        -> qwen1.py
+    owner/name            the hub                                   -> hub.py
 
-resolve(name) -> folder -> refuse_remote_code(folder) -> config, weights, tokenizer
+The walk: resolve(name) -> folder -> refuse_remote_code(folder) -> config, weights, tokenizer
 """
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import platform
 import re
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import logging as transformers_logging
 
 from .. import hub
 from ..errors import ModelError
-from . import tiny
+from ..messages import say
+from . import qwen1, tiny
+from .cache import no_progress_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 BUILT_IN = ("embedded", "tiny", *(f"tiny-{kind}" for kind in tiny.KINDS))
+TOKENIZERS = "PreTrainedTokenizerFast"
 USUAL = ("Qwen/Qwen3-0.6B", "Qwen/Qwen3-8B", "Qwen/Qwen2.5-7B-Instruct")  # for the nearest name only
 
 
 def load_model(
-    name_or_path: str | Path, dtype: str = "float32", device: str = "cpu"
+    name_or_path: str | Path,
+    dtype: str = "float32",
+    device: str = "cpu",
+    *,
+    num_hidden_layers: int | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model in eval mode with frozen weights, and its tokenizer with its chat template.
 
     dtype   float32, bfloat16, float16, float64, or auto: bfloat16 where the device computes in it, else float32
     device  "cpu", "cuda", "cuda:1", or auto: a GPU when there is one
+    num_hidden_layers  keep the first so many layers only (the seed's way to fit a card); what it costs is said
 
     Raises ModelError: unknown name, no such folder, a checkpoint that needs its own code or a pickle, missing weights.
     """
     folder = resolve(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
-    refuse_remote_code(folder)
-    model = _load_native(folder, precision)
-    tokenizer = _load_tokenizer(folder)
+    config = read_json(folder / "config.json", folder)
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    if qwen1.is_qwen1(config):
+        model = qwen1.load(folder, precision, num_hidden_layers=num_hidden_layers)
+        tokenizer = qwen1.native_tokenizer(folder)
+        layers = qwen1.read_config(folder).layers
+    else:
+        refuse_remote_code(folder)
+        layers = int(config.get("num_hidden_layers") or 0)
+        model = _load_native(folder, precision, num_hidden_layers)
+        tokenizer = _load_tokenizer(folder)
+    if num_hidden_layers is not None and num_hidden_layers < layers:
+        _say_cost(model, num_hidden_layers, layers)
     return model.to(where).eval().requires_grad_(False), tokenizer
+
+
+def _say_cost(model: PreTrainedModel, kept: int, layers: int) -> None:
+    total = sum(p.numel() for p in model.parameters())
+    dropped = (layers - kept) * sum(p.numel() for p in model.get_decoder().layers[0].parameters())
+    print(
+        say(
+            "models.layers_dropped",
+            kept=kept,
+            layers=layers,
+            dropped=f"{dropped / 1e6:,.1f}",
+            total=f"{(total + dropped) / 1e6:,.1f}",
+        ),
+        file=sys.stderr,
+    )
 
 
 # ---- a name -> a folder --------------------------------------------------------------------------------------------
@@ -113,7 +152,8 @@ def refuse_remote_code(folder: str | Path) -> None:
             raise ModelError(f"{key} names code on a hub: {config[key]!r}", file=folder / "config.json")
     tokenizer_file = folder / "tokenizer_config.json"
     if tokenizer_file.exists() and not (folder / "tokenizer.json").exists():
-        if code := read_json(tokenizer_file, folder).get("auto_map"):
+        code = read_json(tokenizer_file, folder).get("auto_map")
+        if code:
             raise ModelError(
                 f"the tokenizer is loaded by its own Python code only ({_first(code)}); code is never run here",
                 file=tokenizer_file,
@@ -167,11 +207,15 @@ def check_weight_files(folder: Path) -> None:
 # ---- a folder -> model and tokenizer -------------------------------------------------------------------------------
 
 
-def _load_native(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_native(folder: Path, dtype: torch.dtype, num_hidden_layers: int | None = None) -> PreTrainedModel:
     check_weight_files(folder)
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            if num_hidden_layers is not None:
+                config.num_hidden_layers = qwen1.check_layers(num_hidden_layers, config.num_hidden_layers)
+                if getattr(config, "layer_types", None):
+                    config.layer_types = config.layer_types[:num_hidden_layers]
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -182,6 +226,8 @@ def _load_native(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
                 trust_remote_code=False,
                 local_files_only=True,
             )
+    except ModelError:
+        raise
     except Exception as e:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError ...
         if isinstance(e, OSError) and e.errno:
             raise
@@ -197,7 +243,13 @@ def _load_native(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    file = folder / "tokenizer_config.json"
+    plain = file.exists() and read_json(file, folder).get("tokenizer_class") in ("TokenizersBackend", TOKENIZERS)
     try:
+        # Where the folder says that tokenizer.json is the whole tokenizer, it is: AutoTokenizer would put the
+        # normaliser of the model's family (Qwen2: NFC) into it.
+        if plain and (folder / "tokenizer.json").exists():
+            return PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except Exception as e:
         if isinstance(e, OSError) and e.errno:
@@ -208,18 +260,6 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 def _short(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:300]
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """A model of this size loads in seconds; the terminal belongs to our own lines."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()
 
 
 # ---- device and dtype ------------------------------------------------------------------------------------------------

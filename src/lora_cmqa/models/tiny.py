@@ -33,7 +33,8 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from .cache import write_once
+from ..data.template import CHATML
+from .cache import no_progress_bar, write_once
 
 TinyKind = Literal["qwen2", "qwen3", "llama", "gemma3"]
 KINDS: tuple[str, ...] = get_args(TinyKind)
@@ -41,10 +42,6 @@ KINDS: tuple[str, ...] = get_args(TinyKind)
 REVISION = 1  # part of the cached folder's name: raise it when what is written changes
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 256, 257, 258; a byte's id is its value
-CHATML = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def tiny_model(kind: TinyKind = "qwen2", dtype: torch.dtype = torch.float32, *, seed: int = 0) -> PreTrainedModel:
@@ -107,7 +104,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
     "好" -> [229, 165, 189]        "<|im_end|>" -> [258]
     """
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     core = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in enumerate(alphabet)}, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
@@ -123,7 +120,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _byte_alphabet() -> list[str]:
+def byte_alphabet() -> list[str]:
     """The letter that byte-level BPE writes for each byte value (printable ones stand for themselves)."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(256, 512))
@@ -136,7 +133,8 @@ def tiny_folder(kind: TinyKind = "qwen2") -> Path:
     def build(folder: Path) -> None:
         model = tiny_model(kind)
         model.generation_config = GenerationConfig(eos_token_id=[258, 256], pad_token_id=256)
-        model.save_pretrained(folder)
+        with no_progress_bar():
+            model.save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
 
     return write_once(f"tiny-{kind}-{REVISION}", build)

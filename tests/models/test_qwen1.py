@@ -1,0 +1,343 @@
+"""Qwen v1 read natively equals what its own code computed (shared/fixtures/qwen-v1)."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
+
+from lora_cmqa.errors import ModelError
+from lora_cmqa.models import qwen1
+from lora_cmqa.models.load import load_model
+
+SETS = {"qwen_v1_tiny": "reference", "qwen_v1_tiny_sharded": "reference_sharded"}
+TOLERANCE = 1e-4  # fp32 logits of standard deviation 1.4; a float64 run differs by 7e-6
+
+
+@pytest.fixture(scope="module", params=SETS)
+def original(request, qwen_v1):
+    """(model, tokenizer, reference json, reference arrays, folder)"""
+    folder = qwen_v1 / request.param
+    name = SETS[request.param]
+    model, tokenizer = load_model(folder)
+    return (
+        model,
+        tokenizer,
+        json.loads((qwen_v1 / f"{name}.json").read_text()),
+        np.load(qwen_v1 / f"{name}.npz"),
+        folder,
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(qwen_v1):
+    return qwen1.native_tokenizer(qwen_v1 / "qwen_v1_tiny")
+
+
+def logits(model, ids, **more):
+    with torch.no_grad():
+        return model(torch.tensor([ids] if isinstance(ids[0], int) else ids), **more).logits.numpy()
+
+
+def difference(arrays, name, computed):
+    at, subset = arrays[f"{name}.pos"], arrays["vocab_subset"]
+    return float(np.abs(computed[at][:, subset] - arrays[f"{name}.logits_subset"]).max())
+
+
+# ---- the model -------------------------------------------------------------------------------------------------------
+
+
+def test_logits_and_greedy_tokens_of_every_prompt(original):
+    model, tokenizer, reference, arrays, _ = original
+    worst = 0.0
+    for i, prompt in enumerate(reference["prompts"]):
+        assert tokenizer(prompt["text"]).input_ids == prompt["ids"]
+        computed = logits(model, prompt["ids"])[0]
+        worst = max(worst, difference(arrays, f"p{i}", computed))
+        if f"p{i}.full_logits_last" in arrays:
+            worst = max(worst, float(np.abs(computed[-1] - arrays[f"p{i}.full_logits_last"]).max()))
+        ids = torch.tensor([prompt["ids"]])
+        for key, penalty in (("greedy16", 1.0), ("greedy16_rp1.1", 1.1)):
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, repetition_penalty=penalty, max_new_tokens=16
+            )
+            assert out[0, ids.shape[1] :].tolist() == prompt[key]
+    print(f"largest logit difference {worst:.1e}")
+    assert worst <= TOLERANCE
+
+
+def test_padded_rows_count_by_their_own_length(original):
+    model, _, reference, arrays, _ = original
+    batch = reference["batch_right_padded"]
+    mask = torch.tensor(batch["input_ids"]) != 151643
+    computed = logits(model, batch["input_ids"], attention_mask=mask.long())
+    for row in range(len(computed)):
+        assert difference(arrays, f"batch{row}", computed[row]) <= TOLERANCE
+
+
+def shorter(folder: Path, out: Path, seq_length: int) -> Path:
+    """The same weights with another seq_length in the config, as the fixtures' `_s128` were made."""
+    shutil.copytree(folder, out)
+    config = json.loads((folder / "config.json").read_text())
+    (out / "config.json").chmod(0o644)
+    (out / "config.json").write_text(json.dumps(config | {"seq_length": seq_length}))
+    return out
+
+
+def test_above_seq_length_ntk_and_logn_equal_the_original(original, tmp_path):
+    model, _, reference, arrays, folder = original
+    short = qwen1.load(shorter(folder, tmp_path / "s128", 128), torch.float32)
+    for name, case in reference["long"].items():
+        chosen = short if case["seq_length"] == 128 else model
+        chosen.train("trainmode" in name)
+        assert difference(arrays, name, logits(chosen, case["ids"])[0]) <= TOLERANCE, name
+        chosen.eval()
+
+
+def test_a_plain_qwen2_is_wrong_above_seq_length(original, tmp_path):
+    """The control: were NTK or logn left out, the test above would see it."""
+    _, _, reference, arrays, folder = original
+    for off in ("use_dynamic_ntk", "use_logn_attn"):
+        out = shorter(folder, tmp_path / off, 128)
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps(config | {off: False}))
+        plain = qwen1.load(out, torch.float32)
+        assert difference(arrays, "long300_s128", logits(plain, reference["long"]["long300_s128"]["ids"])[0]) > 0.01
+
+
+def test_packed_rows_equal_the_same_rows_alone_above_seq_length(qwen_v1, tmp_path):
+    """Rows of 150, 20 and 300 tokens in one pack, seq_length 128: each by its own alpha."""
+    from lora_cmqa.core import TokenizedExample
+    from lora_cmqa.data.pack import make_pack
+    from lora_cmqa.lora.decoder import token_losses
+
+    model = qwen1.load(shorter(qwen_v1 / "qwen_v1_tiny", tmp_path / "s128", 128), torch.float64)
+    rng = np.random.default_rng(0)
+    rows = [
+        TokenizedExample(ids, ids.copy(), str(n), str(n))
+        for n in (150, 20, 300)
+        for ids in [rng.integers(0, 151643, n).astype(np.int32)]
+    ]
+    packed = token_losses(model, make_pack(rows))
+    alone = torch.cat([token_losses(model, make_pack([row])) for row in rows])
+    torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
+
+
+# ---- config and weights ----------------------------------------------------------------------------------------------
+
+SEVEN_B = {
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "kv_channels": 128,
+    "intermediate_size": 22016,
+    "vocab_size": 151936,
+    "rotary_emb_base": 10000,
+    "layer_norm_epsilon": 1e-6,
+    "seq_length": 8192,
+    "max_position_embeddings": 32768,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+}
+
+
+def their_shapes(v1: qwen1.Qwen1Config) -> dict[str, tuple[int, ...]]:
+    h, f = v1.hidden, v1.ffn
+    layer = {
+        "ln_1.weight": (h,),
+        "attn.c_attn.weight": (3 * h, h),
+        "attn.c_attn.bias": (3 * h,),
+        "attn.c_proj.weight": (h, h),
+        "ln_2.weight": (h,),
+        "mlp.w1.weight": (f, h),
+        "mlp.w2.weight": (f, h),
+        "mlp.c_proj.weight": (h, f),
+    }
+    shapes = {f"transformer.h.{n}.{k}": s for n in range(v1.layers) for k, s in layer.items()}
+    return shapes | {
+        "transformer.wte.weight": (v1.vocab, h),
+        "transformer.ln_f.weight": (h,),
+        "lm_head.weight": (v1.vocab, h),
+    }
+
+
+def test_a_7b_shaped_config_goes_through_the_table_without_allocating(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN_B))
+    v1 = qwen1.read_config(tmp_path)
+    theirs = their_shapes(v1)
+    assert len(theirs) == 259
+    ours = {
+        name: tuple(t.shape)
+        for their_name, shape in theirs.items()
+        for name, t in qwen1.native_tensors(their_name, torch.empty(shape, device="meta"))
+    }
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(qwen1.native_config(v1))
+    assert ours == {n: tuple(p.shape) for n, p in model.named_parameters()}
+    assert sum(p.numel() for p in model.parameters()) == 7_721_324_544
+
+
+def test_early_config_keys_are_mapped(tmp_path):
+    early = {v: k for k, v in qwen1._EARLY.items()}
+    (tmp_path / "config.json").write_text(json.dumps({early.get(k, k): v for k, v in SEVEN_B.items()}))
+    v1 = qwen1.read_config(tmp_path)
+    assert (v1.hidden, v1.layers, v1.ffn, v1.vocab, v1.max_positions) == (4096, 32, 11008, 151936, 32768)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"no_bias": False}, "no_bias"),
+        ({"rotary_pct": 0.5}, "rotary_pct"),
+        ({"kv_channels": 64}, "kv_channels"),
+        ({"seq_length": None}, "seq_length"),
+        ({"quantization_config": {"bits": 4}}, "quantised"),
+    ],
+)
+def test_what_is_not_built_is_refused_by_name(tmp_path, change, said):
+    (tmp_path / "config.json").write_text(json.dumps(SEVEN_B | change))
+    with pytest.raises(ModelError, match=said):
+        qwen1.read_config(tmp_path)
+
+
+def test_every_value_of_every_tensor_arrives(qwen_v1):
+    """Round trip: our weights joined again are theirs, bit for bit."""
+    folder = qwen_v1 / "qwen_v1_tiny_sharded"
+    model = qwen1.load(folder, torch.bfloat16)
+    ours = dict(model.named_parameters())
+    seen = set()
+    for file in qwen1.weight_files(folder):
+        for name, tensor in load_file(file).items():
+            names = qwen1.native_names(name)
+            assert torch.equal(torch.cat([ours[n] for n in names]), tensor)
+            seen |= set(names)
+    assert seen == set(ours)
+
+
+@pytest.fixture
+def small(qwen_v1, tmp_path):
+    """A writable copy, and its tensors."""
+    folder = tmp_path / "v1"
+    shutil.copytree(qwen_v1 / "qwen_v1_tiny", folder)
+    for file in folder.iterdir():
+        file.chmod(0o644)
+    folder.chmod(0o755)
+    return folder, load_file(folder / "model.safetensors")
+
+
+def test_a_missing_a_foreign_and_a_misshapen_tensor_are_named(small):
+    folder, tensors = small
+    norm = "transformer.h.2.ln_1.weight"
+    for change, said in (
+        ({k: v for k, v in tensors.items() if k != norm}, "missing, the first is model.layers.2.input_layernorm"),
+        (tensors | {"transformer.h.0.attn.extra.weight": torch.ones(2)}, "attn.extra.weight has no place"),
+        (tensors | {norm: torch.ones(7)}, r"shape \(7,\)"),
+        (tensors | {"transformer.h.9.ln_1.weight": tensors[norm]}, "no place"),
+    ):
+        save_file(change, folder / "model.safetensors")
+        with pytest.raises(ModelError, match=said):
+            qwen1.load(folder, torch.float32)
+
+
+def test_bin_shards_are_read_as_tensors_only(small):
+    folder, tensors = small
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors, folder / "pytorch_model.bin")
+    model = qwen1.load(folder, torch.float32)
+    assert torch.equal(model.model.norm.weight, tensors["transformer.ln_f.weight"].float())
+    torch.save({"transformer.ln_f.weight": Path("x")}, folder / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="not a file of tensors"):
+        qwen1.load(folder, torch.float32)
+
+
+def test_a_missing_shard_and_a_damaged_one_are_named(qwen_v1, tmp_path):
+    folder = tmp_path / "v1"
+    shutil.copytree(qwen_v1 / "qwen_v1_tiny_sharded", folder)
+    folder.chmod(0o755)
+    second = folder / "model-00002-of-00003.safetensors"
+    second.chmod(0o644)
+    second.write_bytes(second.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="damaged"):
+        qwen1.load(folder, torch.float32)
+    second.unlink()
+    with pytest.raises(ModelError, match="1 of 3 weight files are missing: model-00002"):
+        qwen1.load(folder, torch.float32)
+
+
+def test_the_seeds_layer_edit_says_what_it_costs(qwen_v1, capsys):
+    whole, _ = load_model(qwen_v1 / "qwen_v1_tiny")
+    cut, _ = load_model(qwen_v1 / "qwen_v1_tiny", num_hidden_layers=2)
+    assert (len(cut.model.layers), cut.config.num_hidden_layers) == (2, 2)
+    assert torch.equal(cut.model.layers[1].mlp.up_proj.weight, whole.model.layers[1].mlp.up_proj.weight)
+    assert "2" in capsys.readouterr().err
+    with pytest.raises(ModelError, match="num_hidden_layers is 5; the model has 4"):
+        load_model(qwen_v1 / "qwen_v1_tiny", num_hidden_layers=5)
+
+
+# ---- tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def check_cases(tokenizer, cases):
+    for case in cases:
+        text, ids = case["text"], case["ids"]
+        assert tokenizer(text).input_ids == ids, text
+        assert tokenizer(text, split_special_tokens=True).input_ids == case["ids_specials_as_text"], text
+        assert tokenizer.decode(ids) == case["decoded"]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == case["decoded_skip_special"]
+
+
+def test_tokenizer_equals_the_original(tokenizer, qwen_v1):
+    cases = json.loads((qwen_v1 / "tokenizer_cases.json").read_text())["cases"]
+    assert len(cases) == 600
+    check_cases(tokenizer, cases)
+    assert len(tokenizer) == 151851
+    assert tokenizer.decode([151900, 151935]) == ""
+
+
+def test_the_ids_survive_saving(tokenizer, qwen_v1, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    cases = json.loads((qwen_v1 / "tokenizer_cases.json").read_text())["cases"]
+    whole = [c for c in cases if not any("\ud800" <= letter <= "\udfff" for letter in c["text"])]
+    assert len(whole) > 500
+    plain = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=False, local_files_only=True)
+    check_cases(plain, whole)
+
+
+def test_a_batch_and_a_lone_surrogate(tokenizer):
+    assert tokenizer(["头痛", "a\ud800b"]).input_ids == [tokenizer("头痛").input_ids, tokenizer("a\ufffdb").input_ids]
+
+
+def test_a_wrong_tiktoken_file_is_refused(tmp_path):
+    with pytest.raises(ModelError, match=r"no qwen\.tiktoken"):
+        qwen1.native_tokenizer(tmp_path)
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\nIg== 1\n")
+    with pytest.raises(ModelError, match="2 tokens; Qwen v1 has 151,643"):
+        qwen1.native_tokenizer(tmp_path)
+
+
+# ---- out again -------------------------------------------------------------------------------------------------------
+
+
+def test_convert_writes_a_folder_that_plain_transformers_loads(original, tmp_path):
+    model, _, reference, _, folder = original
+    out = qwen1.convert(folder, tmp_path / "native")
+    plain = AutoModelForCausalLM.from_pretrained(
+        out, dtype=torch.float32, trust_remote_code=False, local_files_only=True
+    ).eval()
+    tokenizer = AutoTokenizer.from_pretrained(out, trust_remote_code=False, local_files_only=True)
+    for prompt in reference["prompts"][:3]:
+        assert tokenizer(prompt["text"]).input_ids == prompt["ids"]
+        assert np.abs(logits(plain, prompt["ids"]) - logits(model, prompt["ids"])).max() <= 1e-6
+    assert plain.config.max_position_embeddings == 2048
+    assert plain.generation_config.eos_token_id == [151645, 151643]
+    with pytest.raises(ModelError, match="not empty"):
+        qwen1.convert(folder, out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["native"]
