@@ -16,6 +16,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -430,16 +431,18 @@ def _start(config: Config, folder: Path) -> _Run:
 def _inject(model: Any, config: Config) -> Any:
     lora, total = config.lora, sum(p.numel() for p in model.parameters())
     weights = next(model.parameters())
-    wrapped = inject_lora(
-        model,
-        r=lora.r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules=lora.target_modules,
-        modules_to_save=lora.modules_to_save,
-        use_rslora=lora.use_rslora,
-        seed=config.train.seed,
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # PEFT asks by the old name
+        wrapped = inject_lora(
+            model,
+            r=lora.r,
+            lora_alpha=lora.lora_alpha,
+            lora_dropout=lora.lora_dropout,
+            target_modules=lora.target_modules,
+            modules_to_save=lora.modules_to_save,
+            use_rslora=lora.use_rslora,
+            seed=config.train.seed,
+        )
     trained = sum(p.numel() for p in lora_parameters(wrapped).values())
     _tell(
         say(
