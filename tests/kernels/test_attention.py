@@ -20,7 +20,8 @@ ROWS = [
 def qkv(tokens: int, heads: int, kv_heads: int, dim: int = 8, dtype: torch.dtype = torch.float64):
     generator = torch.Generator().manual_seed(tokens * 100 + heads * 10 + kv_heads)
     return tuple(
-        torch.randn(tokens, n, dim, generator=generator, dtype=dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)
+        torch.randn(tokens, n, dim, generator=generator, dtype=dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
     )
 
 

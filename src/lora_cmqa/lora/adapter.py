@@ -16,38 +16,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftModel,
+    PeftModelForCausalLM,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..errors import AdapterError
 from .decoder import causal_lm
+from .inject import remove_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-# Keys PEFT writes that change nothing when they hold these values; any other value of theirs is refused at loading.
-_PLAIN = {
+# Keys that may only hold these values (or nothing): any other makes it another computation than plain LoRA.
+_PLAIN: dict[str, Any] = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "bias": "none",
-    "fan_in_fan_out": False,
-    "use_dora": False,
-    "lora_bias": False,
-    "layer_replication": None,
-    "megatron_config": None,
-    "auto_mapping": None,
-    "trainable_token_indices": None,
-    "target_parameters": None,
-    "exclude_modules": None,
 }
-_KNOWN = {
-    *_PLAIN,
-    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "base_model_name_or_path"),
-    *("inference_mode", "init_lora_weights", "rank_pattern", "alpha_pattern", "revision", "peft_version"),
-    *("layers_to_transform", "layers_pattern", "megatron_core", "loftq_config", "eva_config", "corda_config"),
-    *("alora_invocation_tokens", "arrow_config", "ensure_weight_tying", "qalora_group_size", "use_qalora"),
-    *("lora_ga_config", "use_bdlora", "velora_config"),
+# What loading uses, or what changes nothing in it. Every other key must be empty or false: an allow-list, so that a
+# variant PEFT learns tomorrow is refused and not silently left out.
+_ALLOWED = {
+    *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "rank_pattern"),
+    *("alpha_pattern", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "inference_mode"),
+    *("revision", "peft_version", "megatron_core", "qalora_group_size"),
 }
+_PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
+_CODE, _PICKLES = ("*.py",), ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
 
 
 # ---- out -------------------------------------------------------------------------------------------------------------
@@ -59,7 +58,8 @@ def adapter_files(model: PeftModel, *, base_model_name_or_path: str) -> dict[str
     assert isinstance(config, LoraConfig)
     written = config.to_dict()
     if config.use_rslora:  # folded: engines that do not know rsLoRA scale by lora_alpha / r
-        written |= {"use_rslora": False, "lora_alpha": config.lora_alpha * math.sqrt(config.r)}
+        alpha = config.lora_alpha * math.sqrt(config.r)
+        written |= {"use_rslora": False, "lora_alpha": int(alpha) if alpha.is_integer() else alpha}
     targets = written["target_modules"]
     written |= {
         "base_model_name_or_path": str(base_model_name_or_path),
@@ -101,10 +101,19 @@ def read_adapter_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise AdapterError(f"an object is expected, found {type(config).__name__}", file=file)
     for key, value in config.items():
-        if key not in _KNOWN and value not in (None, False, {}, []):
-            raise AdapterError("a key that no LoRA adapter known here has", file=file, field=key)
-        if key in _PLAIN and value not in (_PLAIN[key], None, False):
+        empty = value in (None, False, {}, [])
+        if key in _PLAIN and not empty and value != _PLAIN[key]:
             raise AdapterError(f"{value!r} is not plain LoRA, the only kind loaded here", file=file, field=key)
+        if key == "init_lora_weights":
+            if not any(value is start or value == start for start in _PLAIN_STARTS):
+                raise AdapterError(
+                    f"{value!r} changes the base's weights too, so this adapter does not fit the base as it is",
+                    file=file,
+                    field=key,
+                    hint="Convert it with PEFT: save_pretrained(..., path_initial_model_for_weight_conversion=...).",
+                )
+        elif key not in _PLAIN and key not in _ALLOWED and not empty:
+            raise AdapterError(f"{_short(value)}: no plain LoRA adapter has this key", file=file, field=key)
     r, alpha = config.get("r"), config.get("lora_alpha")
     if not isinstance(r, int) or isinstance(r, bool) or not 1 <= r <= 4096:
         raise AdapterError(f"{r!r} is not a rank (1 .. 4096)", file=file, field="r")
@@ -152,13 +161,13 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        wrapped = PeftModel(model, lora)  # the layers' random start is overwritten below
+        wrapped = PeftModelForCausalLM(model, lora)  # the layers' random start is overwritten below
     try:
         _check_tensors(place / WEIGHTS, tensors, get_peft_model_state_dict(wrapped, save_embedding_layers=False))
         if not allow_inert and not any(t.any() for k, t in tensors.items() if "lora_A" not in k):
             raise AdapterError("every lora_B is zero: this adapter would answer as its base", file=place / WEIGHTS)
     except AdapterError:
-        wrapped.unload()  # the base is given back as it came
+        remove_lora(wrapped)  # the base is given back as it came
         raise
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped.train(is_trainable)
@@ -204,17 +213,22 @@ def _check_tensors(file: Path, found: dict[str, torch.Tensor], wanted: dict[str,
 
 
 def _refuse_code(folder: Path) -> None:
-    """Code in an adapter folder has no purpose here. Pickles of old checkpoints may lie there: they are never opened,
-    but weights that exist only as a pickle are refused."""
-    code = sorted(p.name for p in folder.glob("*.py"))
-    if code:
-        raise AdapterError(f"{code[0]}: an adapter folder holds no code", file=folder, hint="Delete it and try again.")
-    if not (folder / WEIGHTS).is_file() and (pickles := sorted(p.name for p in folder.glob("*.bin"))):
-        raise AdapterError(
-            f"{pickles[0]} is a pickle, which is never opened here",
-            file=folder,
-            hint="An adapter of Qwen v1's time: `cmqa adapter import OLD --base BASE --out NEW`.",
-        )
+    """Weights and settings are all an adapter needs; what can run when it is opened is not let in beside them."""
+    for patterns, what in ((_CODE, "code"), (_PICKLES, "a pickle, which can run code when it is opened")):
+        found = sorted(p.name for pattern in patterns for p in folder.glob(pattern))
+        if found:
+            more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
+            raise AdapterError(
+                f"{found[0]}{more} is {what}; an adapter folder holds none",
+                file=folder,
+                hint=f"Copy {CONFIG} and {WEIGHTS} into a folder of their own. "
+                "An adapter of Qwen v1's time: `cmqa adapter import OLD --base BASE --out NEW`.",
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _as_json(value: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..errors import AdapterError
 
@@ -24,6 +25,8 @@ QWEN_V1_NAMES: dict[str, tuple[str, ...]] = {
     "wte": ("embed_tokens",),
     "lm_head": ("lm_head",),
 }
+
+_TAKES_LORA = (torch.nn.Linear, torch.nn.Embedding)
 
 
 def inject_lora(
@@ -41,8 +44,12 @@ def inject_lora(
 
     LoRA weights are float32 over a 16-bit or float32 base and float64 over a float64 one. The draw depends on `seed`
     alone and leaves torch's own random state as it was.
-    Raises AdapterError for a module name the model does not have.
+    Raises AdapterError for a module name the model does not have and for numbers no LoRA can have.
     """
+    if r < 1 or not 0 <= lora_dropout < 1:
+        raise AdapterError(f"r must be at least 1 and lora_dropout in [0, 1); got r {r}, lora_dropout {lora_dropout}")
+    if not target_modules:
+        raise AdapterError("target_modules is empty", hint="--target-modules all-linear")
     targets = _named(model, target_modules, "target_modules")
     saved = _named(model, modules_to_save, "modules_to_save") if modules_to_save else None
     exact = next(model.parameters()).dtype == torch.float64
@@ -50,7 +57,7 @@ def inject_lora(
         r=r,
         lora_alpha=lora_alpha,  # type: ignore[arg-type]  # PEFT's hint says int; a float scales as well
         lora_dropout=lora_dropout,
-        target_modules="all-linear" if targets == ["all-linear"] else targets,
+        target_modules=targets,
         modules_to_save=saved,
         use_rslora=use_rslora,
         task_type="CAUSAL_LM",
@@ -68,7 +75,12 @@ def inject_lora(
 
 def remove_lora(model: PeftModel) -> Any:
     """The inverse: the bare base, bit for bit what it was."""
-    return model.unload()
+    base = model.get_base_model()
+    for path, module in list(base.named_modules()):
+        if isinstance(module, AuxiliaryTrainingWrapper):  # PEFT's unload would leave the trained copy in its place
+            parent, _, leaf = path.rpartition(".")
+            setattr(base.get_submodule(parent), leaf, module.original_module)
+    return model.unload().requires_grad_(False)
 
 
 def lora_parameters(model: Any) -> dict[str, torch.Tensor]:
@@ -78,15 +90,27 @@ def lora_parameters(model: Any) -> dict[str, torch.Tensor]:
 
 def _named(model: Any, names: Sequence[str], setting: str) -> list[str]:
     """Names of today's modules for `names`, each checked against the model."""
+    if "all-linear" in names:
+        if setting != "target_modules" or len(names) > 1:
+            raise AdapterError(
+                f"{setting}: all-linear stands alone, got {' '.join(names)}", hint="Name one or the other."
+            )
+        # Short names, not PEFT's own word: for few layers it would write every full path into adapter_config.json.
+        head = model.get_output_embeddings()
+        linear = {path for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
+        return sorted({path.rsplit(".", 1)[-1] for path in linear})
     wanted: list[str] = []
-    own = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    every = {path.rsplit(".", 1)[-1]: module for path, module in model.named_modules() if path}
+    own = {n for n, m in every.items() if setting != "target_modules" or isinstance(m, _TAKES_LORA)}
     for name in names:
         for today in (name,) if name in own else QWEN_V1_NAMES.get(name, (name,)):
-            if today != "all-linear" and today not in own:
-                near = difflib.get_close_matches(today, own | set(QWEN_V1_NAMES), n=1, cutoff=0.4)
+            if today not in own:
+                near = difflib.get_close_matches(name, own | set(QWEN_V1_NAMES), n=2, cutoff=0.4)
+                no = "takes no LoRA in" if today in every else "is no module of"
                 raise AdapterError(
-                    f"{setting}: {type(model).__name__} has no module {name!r}",
-                    hint=f"Did you mean {near[0]}?" if near else f"It has {', '.join(sorted(n for n in own if n))}.",
+                    f"{setting}: {name!r} {no} {type(model).__name__}",
+                    hint=f"Did you mean {' or '.join(near)}? " * bool(near)
+                    + f"It has {', '.join(sorted(n for n in own if not n.isdigit()))}.",
                 )
             if today not in wanted:
                 wanted.append(today)
