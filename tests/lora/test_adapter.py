@@ -30,7 +30,7 @@ def own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("CMQA_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture()
+@pytest.fixture
 def saved(tmp_path):
     """(folder, model) of a qwen2 adapter."""
     model = adapted("qwen2", torch.float32).eval()
@@ -215,7 +215,7 @@ def test_settings_that_are_not_plain_lora(saved, change, field):
 @pytest.mark.parametrize("text", ["", "{", "[]", "\xff"])
 def test_a_config_that_is_none(saved, text):
     (saved[0] / "adapter_config.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(AdapterError, match="JSON|object"):
+    with pytest.raises(AdapterError, match=r"JSON|object"):
         read_adapter_config(saved[0])
     (saved[0] / "adapter_config.json").unlink()
     with pytest.raises(AdapterError, match=r"no adapter_config\.json"):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,14 @@ def adapter_files(model: PeftModel, *, base_model_name_or_path: str) -> dict[str
     """The two files of an adapter as bytes; the same weights give the same bytes."""
     config = model.peft_config["default"]
     assert isinstance(config, LoraConfig)
+    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    return encode_adapter(config, tensors, base_model_name_or_path=base_model_name_or_path)
+
+
+def encode_adapter(
+    config: LoraConfig, tensors: Mapping[str, torch.Tensor], *, base_model_name_or_path: str
+) -> dict[str, bytes]:
+    """{file name: content} of an adapter of these tensors, named as PEFT names them on disk."""
     written = config.to_dict()
     if config.use_rslora:  # folded: engines that do not know rsLoRA scale by lora_alpha / r
         alpha = config.lora_alpha * math.sqrt(config.r)
@@ -68,7 +77,6 @@ def adapter_files(model: PeftModel, *, base_model_name_or_path: str) -> dict[str
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
     }
-    tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
     plain = {k: v.detach().to("cpu").contiguous().clone() for k, v in sorted(tensors.items())}
     text = json.dumps(written, indent=2, sort_keys=True, default=_as_json) + "\n"
     return {CONFIG: text.encode(), WEIGHTS: save(plain, metadata={"format": "pt"})}
@@ -134,7 +142,7 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
     """
     place = Path(folder)
     config = read_adapter_config(place)
-    _refuse_code(place)
+    refuse_code(place)
     tensors = read_tensors(place / WEIGHTS)
     modules = {name.rsplit(".", 1)[-1] for name, _ in causal_lm(model).named_modules()}
     targets = config["target_modules"]
@@ -212,7 +220,7 @@ def _check_tensors(file: Path, found: dict[str, torch.Tensor], wanted: dict[str,
             )
 
 
-def _refuse_code(folder: Path) -> None:
+def refuse_code(folder: Path) -> None:
     """Weights and settings are all an adapter needs; what can run when it is opened is not let in beside them."""
     for patterns, what in ((_CODE, "code"), (_PICKLES, "a pickle, which can run code when it is opened")):
         found = sorted(p.name for pattern in patterns for p in folder.glob(pattern))

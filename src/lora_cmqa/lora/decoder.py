@@ -67,15 +67,10 @@ def token_losses(model: Any, pack: Pack, *, chunk: int = CHUNK) -> torch.Tensor:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Keep each layer's input only and compute the layer again in the backward, with the same attention."""
-    causal = causal_lm(model)
-    way = functools.partial(
-        torch.utils.checkpoint.checkpoint,
-        use_reentrant=False,
-        # The backward runs after `_packed` has ended: without this the layer would be computed again with another one.
-        context_fn=lambda: (contextlib.nullcontext(), _packed(causal)),
-    )
-    causal._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=way)
+    """Keep each layer's input only and compute the layer again in the backward. (transformers' own switch would also
+    ask for a gradient at the embeddings, which nothing here trains.)"""
+    way = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    causal_lm(model)._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=way)
 
 
 def causal_lm(model: Any) -> Any:
