@@ -224,7 +224,7 @@ def run_merge(args: MergeArgs) -> Result:
 def run_convert(args: ConvertArgs) -> Result:
     from .models.qwen1 import convert
 
-    return {"out": str(convert(_needed("QWEN_V1", args.source), _needed("--out", args.out)))}
+    return {"out": str(convert(_needed("QWEN_V1", args.source), _needed("--out", args.out), args.dtype))}
 
 
 def run_adapter_import(args: AdapterImportArgs) -> Result:

@@ -274,15 +274,26 @@ def test_a_missing_a_foreign_and_a_misshapen_tensor_are_named(small):
             qwen1.load(folder, torch.float32)
 
 
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, canary):
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return open, (self.canary, "w")
+
+
 def test_bin_shards_are_read_as_tensors_only(small):
     folder, tensors = small
     (folder / "model.safetensors").unlink()
     torch.save(tensors, folder / "pytorch_model.bin")
     model = qwen1.load(folder, torch.float32)
     assert torch.equal(model.model.norm.weight, tensors["transformer.ln_f.weight"].float())
-    torch.save({"transformer.ln_f.weight": Path("x")}, folder / "pytorch_model.bin")
+    torch.save({"transformer.ln_f.weight": Trap(folder / "canary")}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="not a file of tensors"):
         qwen1.load(folder, torch.float32)
+    assert not (folder / "canary").exists()
 
 
 def test_a_missing_shard_and_a_damaged_one_are_named(qwen_v1, tmp_path):
@@ -300,7 +311,7 @@ def test_a_missing_shard_and_a_damaged_one_are_named(qwen_v1, tmp_path):
 
 
 def test_the_seeds_layer_edit_says_what_it_costs(qwen_v1, capsys):
-    whole, _ = load_model(qwen_v1 / "qwen_v1_tiny")
+    whole = qwen1.load(qwen_v1 / "qwen_v1_tiny", torch.float32)
     cut, _ = load_model(qwen_v1 / "qwen_v1_tiny", num_hidden_layers=2)
     assert (len(cut.model.layers), cut.config.num_hidden_layers) == (2, 2)
     assert torch.equal(cut.model.layers[1].mlp.up_proj.weight, whole.model.layers[1].mlp.up_proj.weight)
@@ -367,4 +378,7 @@ def test_convert_writes_a_folder_that_plain_transformers_loads(original, tmp_pat
     assert plain.generation_config.eos_token_id == [151645, 151643]
     with pytest.raises(ModelError, match="not empty"):
         qwen1.convert(folder, out)
+    with pytest.raises(ModelError, match="'qwen2' is not Qwen v1"):
+        qwen1.convert(out, tmp_path / "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["native"]
+    assert {oct(p.stat().st_mode & 0o777) for p in out.iterdir()} == {"0o644"}

@@ -49,7 +49,7 @@ def write_once(name: str, build: Callable[[Path], None]) -> Path:
         ) from None
     try:
         build(temporary)
-        _settle(temporary)
+        settle(temporary)
         try:
             temporary.rename(folder)
         except OSError as e:
@@ -61,11 +61,12 @@ def write_once(name: str, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _settle(folder: Path) -> None:
-    """To the disk before the rename, and readable as any other file (mkdtemp gives 0700)."""
+def settle(folder: Path) -> None:
+    """To the disk before the rename, and readable as any other file (mkdtemp gives 0700, safetensors 0600)."""
     folder.chmod(0o755)
     for file in folder.rglob("*"):
         if file.is_file():
+            file.chmod(0o644)
             with file.open("rb") as f:
                 os.fsync(f.fileno())
 

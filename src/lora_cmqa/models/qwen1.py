@@ -33,6 +33,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from ..data.template import CHATML
 from ..errors import ModelError
+from .cache import settle
 from .tiny import byte_alphabet
 
 # ---- config ----------------------------------------------------------------------------------------------------------
@@ -79,6 +80,8 @@ def read_config(folder: str | Path) -> Qwen1Config:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as e:
         raise ModelError(f"not readable: {e}", file=file) from None
+    if not is_qwen1(raw):
+        raise ModelError(f"model type {raw.get('model_type')!r} is not Qwen v1 (qwen)", file=file, field="model_type")
     raw = {_EARLY.get(k, k): v for k, v in raw.items()}
     for key, only in _ONLY.items():
         if raw.get(key, only) != only:
@@ -238,7 +241,7 @@ def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | Non
     waiting = {name: tuple(p.shape) for name, p in model.named_parameters()}
     for file in weight_files(folder):
         for name, tensor in read_shard(file):
-            if _layer_of(name) >= layers:
+            if layers <= _layer_of(name) < v1.layers:  # cut off by num_hidden_layers
                 continue
             if name not in waiting:
                 raise ModelError(f"the tensor {name} is there twice, or the config has no place for it", file=file)
@@ -485,7 +488,7 @@ def convert(source: str | Path, out: str | Path, dtype: str = "auto") -> Path:
         config.save_pretrained(temporary)
         native_generation_config(folder).save_pretrained(temporary)
         native_tokenizer(folder).save_pretrained(temporary)
-        temporary.chmod(0o755)
+        settle(temporary)
         if out.exists():
             out.rmdir()
         temporary.rename(out)
