@@ -146,6 +146,7 @@ def test_rebase_after_convert(qwen_v1, native, reference, tmp_path):
     config = read_adapter_config(tmp_path / "new")
     assert config["base_model_name_or_path"] == str(native)
     assert (tmp_path / "new" / "chat_template.jinja").read_text() == "kept"
+    assert read_adapter_config(tmp_path / "on_v1")["base_model_name_or_path"] == str(qwen_v1 / "qwen_v1_tiny")
     before, after = ((tmp_path / d / "adapter_model.safetensors").read_bytes() for d in ("on_v1", "new"))
     assert before == after
     check_logits(PeftModel.from_pretrained(load_model(native)[0], tmp_path / "new").eval(), reference, "chat_top")

@@ -77,7 +77,7 @@ def test_remove_gives_back_the_base(kind):
     assert torch.equal(back(ids).logits, before(ids).logits)
     assert lora_parameters(back) == {}
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
+        warnings.simplefilter("error")
         inject_lora(back, r=4)
 
 

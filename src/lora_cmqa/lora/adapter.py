@@ -29,7 +29,7 @@ from safetensors.torch import save
 
 from ..errors import AdapterError
 from .decoder import causal_lm
-from .inject import remove_lora
+from .inject import quiet, remove_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -168,7 +168,7 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
         inference_mode=not is_trainable,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), quiet():
         wrapped = PeftModelForCausalLM(model, lora)  # the layers' random start is overwritten below
     try:
         _check_tensors(place / WEIGHTS, tensors, get_peft_model_state_dict(wrapped, save_embedding_layers=False))

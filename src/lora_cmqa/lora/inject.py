@@ -7,8 +7,10 @@ wte lm_head             modules_to_save of Qwen v1
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -64,13 +66,21 @@ def inject_lora(
         bias="none",
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with torch.random.fork_rng(devices=devices), quiet():
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     if exact:
         for weight in lora_parameters(wrapped).values():
             weight.data = weight.data.double()
     return wrapped
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """PEFT asks transformers by a name that it will drop in version 6, which tells the user nothing."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")
+        yield
 
 
 def remove_lora(model: PeftModel) -> Any:
