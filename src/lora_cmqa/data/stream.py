@@ -9,8 +9,10 @@ for batch, state in BatchStream(...): ...      saving `state` is enough to go on
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -53,14 +55,23 @@ class BatchStream:
 
     @property
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON; `fingerprint` ties it to the rows and the cut."""
+        """Where the stream stands, as JSON; `rows_sha256` ties it to the very tokens and labels."""
         return {
             "step": self._step,
             "seed": self.seed,
             "rows": len(self.rows),
             "rows_per_step": self.rows_per_step,
-            "tokens": int(sum(len(r) for r in self.rows)),
+            "rows_sha256": self._rows_sha256,
         }
+
+    @cached_property
+    def _rows_sha256(self) -> str:
+        digest = hashlib.sha256()
+        for row in self.rows:
+            digest.update(len(row).to_bytes(8, "little"))
+            digest.update(np.ascontiguousarray(row.input_ids))
+            digest.update(np.ascontiguousarray(row.labels))
+        return digest.hexdigest()
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on after the batch that was given out with `state`. Raises RunError when the rows are other rows."""
