@@ -388,7 +388,7 @@ def _dispatch(words: list[str], as_json: bool) -> int:
     yaml_file = None
     if name == "train" and rest and not rest[0].startswith("-"):
         yaml_file = rest.pop(0)
-    args = parse(
+    args: Any = parse(
         verb.args,
         rest,
         yaml_file=yaml_file,

@@ -150,7 +150,8 @@ def _report(
     reasons = Counter(reason for _, reason in rejects)
     reasons.update({"orphan": len(orphans)} if orphans else {})
     assert kept + reasons.total() == read, "a row vanished"
-    pairs = [(a, b) for a, b in (("dev", "train"), ("test", "train"), ("test", "dev")) if rows[a] and rows[b]]
+    sides: tuple[tuple[Split, Split], ...] = (("dev", "train"), ("test", "train"), ("test", "dev"))
+    pairs = [(a, b) for a, b in sides if rows[a] and rows[b]]
     return {
         "source": source.name,
         "read": read,

@@ -99,7 +99,7 @@ def evaluate(
 
 
 def verdict(metrics: dict[str, Paired]) -> str:
-    """better: content gain above zero; style only: the loss fell, the content gain is not shown; worse; or nothing shown."""
+    """better: content gain above zero; style only: the loss fell but no content gain is shown; worse; or nothing shown."""
     loss, content = metrics["nll"], metrics["content_gain"]
     if content.ci95[0] > 0:
         return "better"
@@ -117,15 +117,17 @@ def _loss_metrics(
     """nll and nll_shuffled in nats per token; content_gain = (how much lower the true pair's loss is than the shuffled
     one's) under the adapter minus the same under the base."""
     (base_true, base_shuffled), (own_true, own_shuffled) = scores["base"], scores["adapter"]
-    common = {"clusters": questions, "samples": samples, "seed": seed}
+
+    def both(base: np.ndarray, own: np.ndarray, tokens: np.ndarray) -> Paired:
+        return paired(base, own, questions, weights=tokens, samples=samples, seed=seed)
+
     return {
-        "nll": paired(base_true.per_token, own_true.per_token, weights=base_true.tokens, **common),
-        "nll_shuffled": paired(base_shuffled.per_token, own_shuffled.per_token, weights=base_shuffled.tokens, **common),
-        "content_gain": paired(
+        "nll": both(base_true.per_token, own_true.per_token, base_true.tokens),
+        "nll_shuffled": both(base_shuffled.per_token, own_shuffled.per_token, base_shuffled.tokens),
+        "content_gain": both(
             base_shuffled.per_token - base_true.per_token,
             own_shuffled.per_token - own_true.per_token,
-            weights=base_true.tokens,
-            **common,
+            base_true.tokens,
         ),
     }
 
@@ -136,8 +138,8 @@ def _text_metrics(predictions: Sequence[dict[str, Any]], *, samples: int, seed: 
     ids = [p["question_id"] for p in predictions]
 
     def both(measure: Any) -> Paired:
-        sides = (np.array([float(measure(p[side])) for p in predictions]) for side in ("base", "adapter"))
-        return paired(*sides, clusters=ids, samples=samples, seed=seed)
+        base, own = (np.array([float(measure(p[side])) for p in predictions]) for side in ("base", "adapter"))
+        return paired(base, own, ids, samples=samples, seed=seed)
 
     return {
         "repetition": both(lambda a: repetition_rate(a["text"])),

@@ -26,7 +26,7 @@ from ..lora.decoder import token_losses
 
 @dataclass(frozen=True, slots=True)
 class RowLosses:
-    """Per row, in the order given: `total` nats over its supervised tokens (float64 [rows]), `tokens` (int64 [rows])."""
+    """Per row, in the order given: `total` nats over its supervised tokens, float64 [rows]; `tokens`, int64 [rows]."""
 
     total: np.ndarray
     tokens: np.ndarray

@@ -55,7 +55,8 @@ TEXT: dict[str, str] = {
     "data.summary": "{read} rows read, {kept} kept ({repaired} of them repaired), {rejected} rejected.",
     "data.splits": "train {train}, dev {dev}, test {test} rows.",
     "data.rule": "  {name}: {rows} rows",
-    "data.leak": "{pair}: {questions} of {of_questions} questions and {answers} of {of_answers} answers have a near-duplicate.",
+    "data.leak": "{pair}: {questions} of {of_questions} questions and {answers} of {of_answers} answers "
+    "have a near-duplicate.",
     # eval
     "eval.title": "{run} against its base {base}",
     "eval.metric": "metric",
@@ -83,7 +84,7 @@ TEXT: dict[str, str] = {
     "eval.verdict_worse": "worse",
     "eval.verdict_no_difference_shown": "no difference shown",
     "eval.explained": "Difference = adapter - base, paired on the same rows; intervals by bootstrap over questions. "
-    "Content gain = how much more the adapter prefers a question's own answer to another question's than the base does.",
+    "Content gain = how much more the adapter prefers a question's own answer to another's than the base does.",
     # demo
     "demo.prepare": "Sample rows (written for this project, no medical advice) -> {data}",
     "demo.train": "Train a LoRA adapter on {base}",
