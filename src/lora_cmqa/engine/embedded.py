@@ -80,16 +80,14 @@ class EmbeddedEngine:
             logits = torch.tanh(logits / self._softcap) * self._softcap
         return logits
 
+    def _without_adapter(self) -> contextlib.AbstractContextManager[None]:
+        return self.model.disable_adapter() if hasattr(self.model, "disable_adapter") else contextlib.nullcontext()
+
     @torch.inference_mode()
     def _decode(self, requests: Sequence[Request]) -> Iterator[tuple[int, int]]:
         """Yields (row, token) as tokens are chosen, the stop token included; all requests agree on `adapter`."""
         if not requests:
             return
-        off = not requests[0].adapter and hasattr(self.model, "disable_adapter")
-        with self.model.disable_adapter() if off else contextlib.nullcontext():
-            yield from self._decode_rows(requests)
-
-    def _decode_rows(self, requests: Sequence[Request]) -> Iterator[tuple[int, int]]:
         device = self._head.weight.device
         width = max(len(r.prompt_ids) for r in requests)
         ids = torch.zeros(len(requests), width, dtype=torch.long)
@@ -105,14 +103,16 @@ class EmbeddedEngine:
         alive = [True] * len(requests)
         steps = max(r.sampling.max_new_tokens for r in requests)
         for step in range(steps):
-            hidden = self._body(
-                input_ids=ids,
-                attention_mask=None if bool(mask.all()) else mask,
-                position_ids=position,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state
-            logits = self._logits(hidden)
+            # Entered once a forward: between two tokens of a stream the model is as it was.
+            with self._without_adapter() if not requests[0].adapter else contextlib.nullcontext():
+                hidden = self._body(
+                    input_ids=ids,
+                    attention_mask=None if bool(mask.all()) else mask,
+                    position_ids=position,
+                    past_key_values=cache,
+                    use_cache=True,
+                ).last_hidden_state
+                logits = self._logits(hidden)
             largest = logits.argmax(-1).tolist()
             chosen = []
             for row, r in enumerate(requests):

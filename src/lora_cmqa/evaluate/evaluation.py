@@ -99,13 +99,13 @@ def evaluate(
 
 
 def verdict(metrics: dict[str, Paired]) -> str:
-    """better: content gain above zero; style only: the loss fell but no content gain is shown; worse; or nothing shown."""
+    """worse: the loss rose; better: content gain above zero; style only: the loss fell without it; or nothing shown."""
     loss, content = metrics["nll"], metrics["content_gain"]
+    if loss.ci95[0] > 0:
+        return "worse"
     if content.ci95[0] > 0:
         return "better"
-    if loss.ci95[1] < 0:
-        return "style only"
-    return "worse" if loss.ci95[0] > 0 else "no difference shown"
+    return "style only" if loss.ci95[1] < 0 else "no difference shown"
 
 
 # ---- the numbers --------------------------------------------------------------------------------------------------

@@ -7,7 +7,8 @@
     style  = base - adapter on the shuffled pairs              sounds like a doctor, whatever is asked
     content = gain - style                                     answers THIS question better
 
-A small adapter wins most of its gain by style; content above zero is what "better answers" means.
+Content is taken row by row and weighted by the tokens of the row's own answer. A small adapter wins most of its gain
+by style; content above zero is what "better answers" means.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def shuffled_pairs(examples: Sequence[Example], *, seed: int) -> list[Example]:
 
     p is a seeded cyclic shift of a seeded order in which the rows of one question stand together, shifted by more
     than the largest group: no row keeps an answer of its own question.
-    Raises DataError where one question owns half of the rows or more: then no such pairing exists.
+    Raises DataError where one question owns more than half of the rows: then no such pairing exists.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
     groups: dict[str, list[int]] = {}
