@@ -69,8 +69,8 @@ class BatchStream:
         digest = hashlib.sha256()
         for row in self.rows:
             digest.update(len(row).to_bytes(8, "little"))
-            digest.update(np.ascontiguousarray(row.input_ids))
-            digest.update(np.ascontiguousarray(row.labels))
+            digest.update(row.input_ids.tobytes())
+            digest.update(row.labels.tobytes())
         return digest.hexdigest()
 
     def resume(self, state: dict[str, Any]) -> None:
@@ -107,5 +107,5 @@ class BatchStream:
         cached = getattr(self, "_cached_order", None)
         if cached is None or cached[0] != epoch:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            cached = self._cached_order = (epoch, generator.permutation(len(self.rows)))
+            cached = self._cached_order = (epoch, generator.permutation(len(self.rows)).tolist())
         return cached[1]

@@ -36,9 +36,12 @@ GEMMA_TURNS = (
     " + ns.system + message['content'] + '<end_of_turn>\\n' }}{% set ns.system = '' %}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<start_of_turn>model\\n' }}{% endif %}"
 )
+# Llama 3.2 and others write today's date into the system turn: a prompt that changes overnight is not one prompt, and a
+# run resumed tomorrow would train on other tokens. The date is Llama 3.1's own default.
+_STILL = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 NAMED = {"chatml": CHATML, "gemma": GEMMA_TURNS}
 
-_SENTENCE_END = re.compile(r"[。！？!?；;\n]|\.(?=\s|$)")
+_SENTENCE_END = re.compile(r"[。！？!?；;\n]|(?<!\d)\.(?=\s|$)")  # not the dot of 0.5 or of "1. "
 _BATCH = 4096  # contents given to the tokenizer at once
 
 
@@ -91,15 +94,18 @@ class ChatTemplate:
         """
         if chat_template is not None:
             return cls(tokenizer, _template_text(chat_template))
+        own = tokenizer.chat_template
+        if isinstance(own, dict):  # several by name, for tools and the like
+            own = own.get("default")
         vocabulary = tokenizer.get_vocab()
-        if "<|im_start|>" in vocabulary and "<|im_end|>" in vocabulary:
+        if {"<|im_start|>", "<|im_end|>"} <= vocabulary.keys() and (not own or "<|im_start|>" in own):
             return cls(tokenizer, CHATML)
-        if not tokenizer.chat_template:
+        if not own:
             raise TemplateError(
                 "the tokenizer has no chat template, so the form of a conversation is unknown",
                 hint="Add --chat-template chatml, --chat-template gemma, or a .jinja file; or take the chat model.",
             )
-        return cls(tokenizer, tokenizer.chat_template)
+        return cls(tokenizer, _STILL + own if "strftime_now" in own else own)
 
     # ---- rendering -------------------------------------------------------------------------------------------------
 
@@ -151,10 +157,10 @@ class ChatTemplate:
         """Token ids of the fixed text, and between them the index of each content."""
         key = (roles, generate)
         if key not in self._fixed_of:
-            self._fixed_of[key] = [
-                piece if isinstance(piece, int) else self._encode_fixed(piece)
-                for piece in self._render(roles, generate)
-            ]
+            pieces = [p if isinstance(p, int) else self._encode_fixed(p) for p in self._render(roles, generate)]
+            if not generate:
+                self._check_openings(roles, pieces)
+            self._fixed_of[key] = pieces
         return self._fixed_of[key]
 
     def _render(self, roles: tuple[str, ...], generate: bool) -> list[str | int]:
@@ -205,17 +211,21 @@ class ChatTemplate:
         """Some templates strip contents (Gemma's, Llama 3's): then we do too, to give the same ids."""
         return f" {self._mark} " not in self._apply([("user", f" {self._mark} ")], False)
 
-    def _check(self) -> int:
-        """The id that ends an assistant's turn. Raises TemplateError where rows and prompts would differ."""
-        for roles in (("user",), ("user", "assistant", "user")):
-            prompt, row = self._fixed(roles, True), self._fixed((*roles, "assistant"), False)
-            if row[: len(prompt)] != prompt or row[len(prompt)] != len(roles):
+    def _check_openings(self, roles: tuple[str, ...], row: list[list[int] | int]) -> None:
+        """Before each answer a row must hold exactly the prompt that chat would give: trained is what is asked."""
+        for turn, role in enumerate(roles):
+            prompt = self._fixed(roles[:turn], True) if turn and role == "assistant" else []
+            if prompt and row[: len(prompt) + 1] != [*prompt, turn]:
                 raise TemplateError(
-                    "the chat template opens the assistant's turn in another way when it is answered, "
-                    "so what is trained would not be what is asked",
+                    f"the chat template opens the assistant's turn ({' '.join(roles[: turn + 1])}) in another way once "
+                    "it is answered, so what is trained would not be what is asked",
                     hint="Give another one with --chat-template (chatml, gemma or a .jinja file).",
                 )
-        ending = row[len(prompt) + 1] if len(row) > len(prompt) + 1 else []
+
+    def _check(self) -> int:
+        """The id that ends an assistant's turn. Raises TemplateError where rows and prompts would differ."""
+        row = self._fixed(("user", "assistant", "user", "assistant"), False)
+        ending = row[row.index(3) + 1] if row[-1] != 3 else []
         end = next((t for t in ending if t in self._special), None) if isinstance(ending, list) else None
         if end is None:
             raise TemplateError("no special token ends the assistant's turn, so an answer would never stop")
@@ -256,7 +266,13 @@ def encode_all(
     def flush() -> None:
         contents = iter(template._encode_contents([m.content for _, messages in pending for m in messages]))
         for example, messages in pending:
-            _take(template._row(example, messages, [next(contents) for _ in messages]), example, messages)
+            try:
+                row = template._row(example, messages, [next(contents) for _ in messages])
+            except TemplateError as e:
+                raise TemplateError(
+                    f"row {example.id}: {e.message}", hint=e.hint, file=example.source or None
+                ) from None
+            _take(row, example, messages)
         pending.clear()
 
     def _take(row: TokenizedExample, example: Example, messages: tuple[Message, ...]) -> None:
@@ -273,7 +289,7 @@ def encode_all(
                     file=example.source or None,
                     hint="--on-too-long drop or shorten, or a larger --model-max-length.",
                 )
-            shorter = _shorten(template, row, example, messages, max_length) if on_too_long == "shorten" else None
+            shorter = _shorten(template, example, messages, max_length) if on_too_long == "shorten" else None
             if shorter is None:
                 report.too_long += 1
                 report.rejects.append(Reject(example.id, "too_long", len(row)))
@@ -296,17 +312,17 @@ def encode_all(
 
 
 def _shorten(
-    template: ChatTemplate, row: TokenizedExample, example: Example, messages: tuple[Message, ...], max_length: int
+    template: ChatTemplate, example: Example, messages: tuple[Message, ...], max_length: int
 ) -> TokenizedExample | None:
     """The same row with its last answer cut at the last sentence end that fits; None where not one sentence fits."""
+    while messages[-1].role != "assistant":  # a question left without an answer is not in the row either
+        messages = messages[:-1]
     last = messages[-1]
-    if last.role != "assistant":
-        return None
     ends = [m.end() for m in _SENTENCE_END.finditer(last.content)]
     low, high, best = 0, len(ends) - 1, None
     while low <= high:  # tokens grow with the text, so the longest that fits is found by halving
         middle = (low + high) // 2
-        cut = (*messages[:-1], Message("assistant", last.content[: ends[middle]]))
+        cut = (*messages[:-1], Message("assistant", last.content[: ends[middle]].rstrip()))
         candidate = template._row(example, cut, template._encode_contents([m.content for m in cut]))
         if len(candidate) <= max_length:
             best, low = candidate, middle + 1
