@@ -182,6 +182,13 @@ def prune(run: Path, keep: int) -> None:
 # ---- every random state ------------------------------------------------------------------------------------------
 
 
+def seed_all(seed: int) -> None:
+    """Every global generator, as HF's set_seed."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)  # the GPUs' too
+
+
 def rng_state() -> dict[str, Any]:
     """torch's, numpy's and Python's global generators as JSON."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()

@@ -38,7 +38,7 @@ from ..lora.fingerprint import check_fingerprint
 from ..lora.inject import QWEN_V1_NAMES, inject_lora, lora_parameters
 from ..messages import say
 from ..models.load import load_model, pick_device, pick_dtype
-from .checkpoint import BEST, load_checkpoint, newest_whole, save_checkpoint
+from .checkpoint import BEST, load_checkpoint, newest_whole, save_checkpoint, seed_all
 from .commit import check_space, disk_errors, remove_leftovers, write_file
 from .model_card import model_card
 from .optim import Schedule, adamw, warmup_steps_of
@@ -172,8 +172,9 @@ class _Run:
     signals: _StopSignals = field(default_factory=lambda: _StopSignals())
 
     def go(self) -> None:
-        started, first = time.perf_counter(), self._resume()
         t = self.config.train
+        seed_all(t.seed)  # dropout draws from here on; a resume puts the stored state over it
+        started, first = time.perf_counter(), self._resume()
         with self.signals, Progress(self.stream.total_steps, first, t.logging_steps) as self.progress:
             self.metrics = MetricsFile(self.folder / METRICS, cut_after=first or -1)
             self.board = TensorBoard(self.folder / "tensorboard", after=first) if t.report_to else None
@@ -393,7 +394,6 @@ def _start(config: Config, folder: Path) -> _Run:
     model = _inject(model, config)
     if t.gradient_checkpointing:
         checkpoint_activations(model)
-    torch.manual_seed(t.seed)  # dropout draws from here on
     stream = BatchStream(
         rows,
         rows_per_step=t.per_device_train_batch_size * t.gradient_accumulation_steps,
