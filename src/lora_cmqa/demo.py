@@ -37,7 +37,7 @@ def settings(model: str = "embedded", max_steps: int = -1) -> Config:
         lora=LoraConfig(r=16, lora_alpha=32),
         train=TrainConfig(
             output_dir=str(RUN),
-            num_train_epochs=1,
+            num_train_epochs=0.7,
             max_steps=max_steps,
             per_device_train_batch_size=8,
             gradient_accumulation_steps=1,
