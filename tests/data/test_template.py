@@ -258,7 +258,7 @@ def test_many_rows_are_the_rows_one_by_one(chatml: ChatTemplate) -> None:
         assert one.input_ids.tolist() == rows[i].input_ids.tolist()
 
 
-# ---- which template, and which are refused -----------------------------------------------------------------------------
+# ---- which template, and which are refused -------------------------------------------------------------------------
 
 
 def test_qwens_own_template_gives_way_to_plain_chatml() -> None:
