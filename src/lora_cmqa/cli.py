@@ -147,6 +147,11 @@ def run_prepare(args: PrepareArgs) -> Result:
         format=args.format,
         limit=args.limit,
         on_orphan=args.on_orphan,
+        no_clean=args.no_clean,
+        against=args.against,
+        drop_leaks=args.drop_leaks,
+        allow_spun=args.allow_spun,
+        licence=args.licence,
     )
 
 

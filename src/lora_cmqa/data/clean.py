@@ -16,18 +16,27 @@ from typing import Any
 from ..core import Example, Message
 from ..errors import ConfigError
 
+PASSES = 8  # at most: what one rule leaves another may find, so the repairs run until nothing changes
 SAMPLES = 3  # kept per rule, before and after
 
 # ---- repairs: text -> text ---------------------------------------------------------------------------------------
 
-_LIST_OR_DATE = r"\d+(?:。\d+){2,}。?"  # 1。2。3。 and 2013。5。6: three numbers or more are no decimal
-_DECIMAL = re.compile(rf"(?P<keep>{_LIST_OR_DATE})|(?<![\d。])(?P<whole>\d+)。(?P<part>\d+)(?!\d|。\d)")
+_KEPT = "|".join(
+    (
+        r"\d+(?:。\d+){2,}。?",  # 1。2。3。 and 2013。5。6: three numbers or more are a list or a date
+        r"(?:^|(?<=[。；;：:，,！!？?\s]))(?:1。2|2。3|3。4|4。5|5。6|6。7|7。8|8。9)(?=。)",  # 1。2。 heads of a list
+        r"(?<!\d)1。[1-9]0{2,}(?!\d)",  # 1。5000 was the dilution 1:5000
+        r"(?<=月)\d{1,2}。\d{1,2}(?=[号日])",  # 2月13。14号: two days
+    )
+)
+_DECIMAL = re.compile(rf"(?P<keep>{_KEPT})|(?<![\d。])(?P<whole>\d+)。(?P<part>\d+)(?!\d|。\d)")
+_DIGIT_STOP = re.compile(r"(?<=\d)。(?=\d)")
 
 
 def decimal_point(text: str) -> str:
     """0。7mg -> 0.7mg, 37。5度 -> 37.5度; in cMedQA2 every decimal point between digits became a full stop.
 
-    A chain of three numbers or more (1。2。3。, 2013。5。6) is a list or a date and stays.
+    Lists, dates and dilutions (1。2。3。, 2013。5。6, 1。5000) stay and are counted apart (CleanReport.digit_stops).
     """
     return _DECIMAL.sub(lambda m: m.group() if m["keep"] else f"{m['whole']}.{m['part']}", text)
 
@@ -55,17 +64,57 @@ def white_space(text: str) -> str:
     return re.sub(r" ?\n ?", "\n", text).strip()
 
 
+_FULL_WIDTH = {c: c - 0xFEE0 for c in (*range(0xFF10, 0xFF1A), *range(0xFF21, 0xFF3B), *range(0xFF41, 0xFF5B))}
+
+
+def full_width(text: str) -> str:
+    """０．５ｇ -> half-width letters and digits only: all of NFKC would turn 10² into 102 and ① into 1."""
+    return text.translate(_FULL_WIDTH)
+
+
+_RESIDUE = re.compile(
+    r"(?:var\s+)?\w{1,12}\s*=\s*new\s*Image.*?(?:\"[^\"]*\"[。;]?|$)|（如没有点击无）"
+    r"|\[object Object\]|\{\{.*?\}\}|<!--.*?-->",
+    re.S,
+)
+
+
+def residue(text: str) -> str:
+    """Pieces of scripts and form templates that were scraped along."""
+    return _RESIDUE.sub("", text)
+
+
+_BEGGING = re.compile(
+    r"[^。！？!?；;，,\n]*(?:望|请|求|记得|及时|点击|谢谢|作出)[^。！？!?；;，,\n]{0,20}采纳[^。！？!?；;，,\n]*[。！？!?；;，,”\"]*"
+)
+
+
+def begging(text: str) -> str:
+    """望采纳 and its like: the clause goes, the advice stays."""
+    return _BEGGING.sub("", text) if "采纳" in text else text
+
+
+_CUT_START = re.compile(r"^(?:[，。、；：？！,;:]+|的话[，,]?|的(?=情况|症状|这种|描述)|[了吗呢啊](?=[，。？！,]))+")
+
+
+def cut_start(text: str) -> str:
+    """A row that begins inside a sentence (的话应该…, ，我担心…) begins at its first whole word."""
+    return _CUT_START.sub("", text)
+
+
 _PRIVATE: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("[邮箱]", re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}")),
     ("[网址]", re.compile(r"(?:https?://|www\.)[^\s，。；、！？]+", re.I)),
     ("[证件号]", re.compile(r"(?<!\d)[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{3}[\dXx](?!\d)")),
-    ("[电话]", re.compile(r"(?<!\d)(?:\+?86[- ]?)?1[3-9]\d[- ]?\d{4}[- ]?\d{4}(?!\d)")),
-    ("[电话]", re.compile(r"(?<!\d)[48]00[- ]?\d{3,4}[- ]?\d{3,4}(?!\d)")),
-    ("[电话]", re.compile(r"(?<!\d)0\d{2,3}[- ]\d{7,8}(?!\d)")),
-    ("[QQ]", re.compile(r"(?:QQ|qq|Qq|扣扣|企鹅)(?:号码?|群)?\s*[:：是为]?\s*[1-9]\d{4,11}(?!\d)")),
+    ("[电话]", re.compile(r"(?<!\d)(?:\+?86[- ]?)?1[3-9]\d[-—. ]?\d{4}[-—. ]?\d{4}(?!\d)")),
+    ("[热线]", re.compile(r"(?<![\d.])[48]00[-—－ ]?\d{3,4}[-—－ ]?\d{3,4}(?!\d)")),
+    ("[电话]", re.compile(r"(?<!\d)[(（]?0\d{2,3}[)）]?[-—－ ]?\d{7,8}(?!\d)")),
+    ("[QQ]", re.compile(r"(?:[Qq]{1,2}|扣扣|企鹅)(?:号码?|群)?\s*[:：是为加]?\s*[1-9]\d{4,11}(?!\d)")),
     (
         "[微信]",
-        re.compile(r"(?:微信|薇信|威信|WeChat|wechat|weixin|VX|vx)(?:号码?)?\s*[:：是为]?\s*[A-Za-z][-\w]{5,19}"),
+        re.compile(
+            r"(?:微信|薇信|威信|WeChat|wechat|weixin|VX|vx|Vx|wx|WX)(?:号码?)?\s*[:：是为加]?\s*(?:[A-Za-z][-A-Za-z0-9_]{5,19}|\d{6,})"
+        ),
     ),
 )
 
@@ -82,6 +131,12 @@ def doubled_text(text: str) -> str:
     half, odd = divmod(len(text), 2)
     if half >= 5 and not odd and text[:half] == text[half:]:
         return text[:half]
+    at = text.find(text[:8], 8) if len(text) >= 16 else -1
+    while at > 0:  # a title, then the same words again as the head of the body
+        title = text[:at].rstrip("，。？！、；?!,. \n")
+        if len(title) >= 8 and text.startswith(title, at):
+            return text[at:]
+        at = text.find(text[:8], at + 1)
     return text
 
 
@@ -108,12 +163,13 @@ def mojibake(example: Example) -> bool:
 
 
 _ADVERT = re.compile(
-    r"(?:热线|咨询电话|预约电话|加(?:我)?(?:微信|QQ|qq)|点击咨询|在线咨询)[^。]{0,12}(?:\[电话\]|\[QQ\]|\[微信\]|\[网址\])"
+    r"\[热线\]|(?:热线|咨询电话|预约电话|加我?|联系)[^。]{0,12}(?:\[电话\]|\[QQ\]|\[微信\]|\[网址\])"
+    r"|点击[^。，]{0,8}(?:咨询|头像|图片|相片|图标)|在线(?:医生)?免费咨询"
 )
 
 
 def advert(example: Example) -> bool:
-    """An answer that sends the reader to a hotline or a chat account."""
+    """An answer that sends the reader to a hotline, a chat account or a button on a page that is not here."""
     return bool(_ADVERT.search(example.answer))
 
 
@@ -124,9 +180,13 @@ Rejection = Callable[[Example], bool]
 REPAIRS: dict[str, Repair] = {
     "html_entities": html_entities,
     "html_tags": html_tags,
+    "residue": residue,
+    "full_width": full_width,
     "white_space": white_space,
     "doubled_text": doubled_text,
     "decimal_point": decimal_point,
+    "begging": begging,
+    "cut_start": cut_start,
     "private_data": private_data,
 }
 REJECTIONS: dict[str, Rejection] = {
@@ -150,13 +210,19 @@ class RuleCount:
 
 @dataclass(slots=True)
 class CleanReport:
-    """read = kept + len(rejects); repaired counts kept rows that a repair changed."""
+    """read = kept + len(rejects); repaired counts kept rows that a repair changed.
+
+    digit_stops: `。` between digits, in distinct questions and in answers: rows, points, and points kept as lists
+    """
 
     read: int = 0
     kept: int = 0
     repaired: int = 0
     rules: dict[str, RuleCount] = field(default_factory=dict)
     rejects: list[tuple[Example, str]] = field(default_factory=list)
+    digit_stops: dict[str, dict[str, int]] = field(
+        default_factory=lambda: {k: {"rows": 0, "points": 0, "kept": 0} for k in ("questions", "answers")}
+    )
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -164,6 +230,7 @@ class CleanReport:
             "kept": self.kept,
             "repaired": self.repaired,
             "rejected": len(self.rejects),
+            "digit_stops": self.digit_stops,
             "rules": {name: {"rows": c.rows, "samples": c.samples} for name, c in self.rules.items()},
         }
 
@@ -178,8 +245,18 @@ def clean(examples: Iterable[Example], *, off: Sequence[str] = ()) -> tuple[list
     rejections = {n: f for n, f in REJECTIONS.items() if n not in off}
     kept: list[Example] = []
     seen: set[tuple[str, ...]] = set()
+    asked: set[tuple[str, str]] = set()  # a question with three answers is one row of its file
     for example in examples:
         report.read += 1
+        for kind, name, text in (("questions", example.question_id, example.question), ("answers", "", example.answer)):
+            if "。" in text and (points := len(_DIGIT_STOP.findall(text))):
+                if kind == "questions" and (name, text) in asked:
+                    continue
+                asked.add((name, text))
+                stops = report.digit_stops[kind]
+                stops["rows"] += 1
+                stops["points"] += points
+                stops["kept"] += len(_DIGIT_STOP.findall(decimal_point(full_width(text))))
         cleaned, touched = _repair(example, repairs, report)
         reason = next((name for name, rejects in rejections.items() if rejects(cleaned)), None)
         words = tuple(m.content for m in cleaned.messages)
@@ -201,17 +278,20 @@ def clean(examples: Iterable[Example], *, off: Sequence[str] = ()) -> tuple[list
 def _repair(example: Example, repairs: dict[str, Repair], report: CleanReport) -> tuple[Example, bool]:
     """The repaired example, and whether any rule changed it; each rule is counted once a row."""
     texts = [m.content for m in example.messages]
-    touched = False
-    for name, repair in repairs.items():
-        after = [repair(t) for t in texts]
-        if after != texts:
-            touched = True
-            count = report.rules[name]
-            count.rows += 1
-            before_text, after_text = next((b, a) for b, a in zip(texts, after, strict=True) if a != b)
-            _sample(count, before_text, after_text)
-            texts = after
-    if not touched:
+    hit: set[str] = set()
+    for _ in range(PASSES):
+        before = texts
+        for name, repair in repairs.items():
+            after = [repair(t) for t in texts]
+            if after != texts:
+                count = report.rules[name]
+                count.rows += name not in hit
+                hit.add(name)
+                _sample(count, *next((b, a) for b, a in zip(texts, after, strict=True) if a != b))
+                texts = after
+        if texts == before:
+            break
+    if not hit:
         return example, False
     turns = tuple(Message(m.role, t) for m, t in zip(example.messages, texts, strict=True))
     return replace(example, messages=turns), True

@@ -33,6 +33,7 @@ from .sources import (
     write_messages,
 )
 from .split import leaked_ids, leaks, split
+from .spun import refuse_spun
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
 
@@ -48,7 +49,9 @@ def prepare(
     no_clean: Sequence[str] = (),
     dev: float = 0.1,
     test: float = 0.1,
+    against: Sequence[str | Path] = (),
     drop_leaks: bool = False,
+    allow_spun: bool = False,
     licence: str = "unknown",
 ) -> dict[str, Any]:
     """Prepare `source` into the folder `out` and return the report (the content of OUT/report.json).
@@ -57,7 +60,9 @@ def prepare(
     limit       at most this many training rows, drawn by `seed`; the others are rejected with the reason "limit"
     no_clean    cleaning rules to switch off (data/clean.py names them)
     dev, test   shares of the rows where the source brings no split of its own
-    drop_leaks  training rows with a near-duplicate in dev or test are rejected with the reason "leak"
+    against     files or folders (a benchmark, say) whose near-duplicates among the kept rows are counted
+    drop_leaks  training rows with a near-duplicate in dev, test or `against` are rejected with the reason "leak"
+    allow_spun  go on although the words of a machine-reworded set were found (data/spun.py)
 
     Raises DataError for a source that cannot be read or leaves no row, ResourceError when `out` cannot be written.
     """
@@ -71,6 +76,7 @@ def prepare(
     else:
         examples = read_examples(source)
     read = len(examples) + len(orphans)
+    spun = refuse_spun(examples, source, allow=allow_spun)
     kept, cleaned = clean(examples, off=no_clean)
     rejects += cleaned.rejects
     official = read_splits(folder) if is_cmqa else {}
@@ -78,8 +84,10 @@ def prepare(
         kept = [replace(e, split=official.get(e.question_id, "train")) for e in kept]
     kept = split(kept, dev=dev, test=test, seed=seed)
     rows: dict[Split, list[Example]] = {s: [e for e in kept if e.split == s] for s in SPLITS}
+    others = {Path(a).name: read_examples(a) for a in against}
+    found = {f"{s}_{name}": asdict(leaks(rows[s], o)) for name, o in others.items() for s in SPLITS if rows[s]}
     if drop_leaks:
-        leaking = leaked_ids(rows["train"], [*rows["dev"], *rows["test"]])
+        leaking = leaked_ids(rows["train"], [*rows["dev"], *rows["test"], *(e for o in others.values() for e in o)])
         rejects += [(e, "leak") for e in rows["train"] if e.id in leaking]
         rows["train"] = [e for e in rows["train"] if e.id not in leaking]
     if limit is not None and len(rows["train"]) > limit:
@@ -90,6 +98,7 @@ def prepare(
     if not rows["train"]:
         raise DataError(f"of {read} rows none is left to train on", file=source, hint="report.json names the reasons.")
     report = _report(source, read, cleaned, rows, rejects, orphans, official=bool(official), seed=seed)
+    report["against"], report["spun"] = found, spun
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write(out, rows, rejects, orphans, format)
@@ -128,7 +137,7 @@ def print_summary(report: dict[str, Any]) -> None:
     for name, count in report["rules"].items():
         if count["rows"]:
             print(say("data.rule", name=name, rows=count["rows"]))
-    for pair, found in report["leaks"].items():
+    for pair, found in (report["leaks"] | report["against"]).items():
         print(say("data.leak", pair=pair.replace("_", " / "), **found))
 
 
@@ -162,6 +171,7 @@ def _report(
         "splits": {s: len(rows[s]) for s in SPLITS},
         "official_split": official,
         "rules": cleaned.as_dict()["rules"],
+        "digit_stops": cleaned.digit_stops,
         "leaks": {f"{a}_{b}": asdict(leaks(rows[a], rows[b])) for a, b in pairs},
         "seed": seed,
     }

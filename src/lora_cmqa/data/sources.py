@@ -14,7 +14,6 @@ where; nothing is skipped in silence.
 from __future__ import annotations
 
 import csv
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from typing import Any, Literal
 
 from ..core import Example, Message, Role, Split
 from ..errors import DataError
+from .files import lines, on_disk, open_text
 
 MAX_FIELD = 1 << 20  # characters; a longer field is a broken quote or no text at all
 
@@ -276,7 +276,8 @@ def _get(row: Any, key: str, file: Path, line: int) -> Any:
 
 def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
     """(place, row) of a JSON list, where place counts rows, or of JSON lines, where it is the line."""
-    text = read_text(file)
+    with open_text(on_disk(file)) as stream:
+        text = stream.read()
     if not text.strip():
         raise DataError("the file is empty", file=file)
     if text.lstrip().startswith("["):
@@ -299,26 +300,10 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
 # ---- text and CSV ------------------------------------------------------------------------------------------------
 
 
-def read_text(file: Path) -> str:
-    """The file's text: UTF-8 (a BOM is taken off), else GB18030. Raises DataError where it is neither."""
-    try:
-        content = file.read_bytes()
-    except OSError as e:
-        raise DataError(f"cannot be read: {e.strerror}", file=file) from None
-    if b"\x00" in content[:4096]:
-        raise DataError("this is no text file (it holds NUL bytes)", file=file)
-    for encoding in ("utf-8-sig", "gb18030"):
-        try:
-            return content.decode(encoding)
-        except UnicodeDecodeError:
-            continue
-    raise DataError("neither UTF-8 nor GB18030 text", file=file, hint="Convert it: iconv -f ENCODING -t UTF-8 FILE")
-
-
 def _raw_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
     """(line, fields); the line is where the row ends, as the csv module counts it."""
     csv.field_size_limit(MAX_FIELD)
-    reader = csv.reader(io.StringIO(read_text(file), newline=""), strict=True)
+    reader = csv.reader(lines(on_disk(file)), strict=True)
     try:
         for row in reader:
             if row:
