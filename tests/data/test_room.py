@@ -4,6 +4,8 @@ import codecs
 import contextlib
 import json
 import random
+import shutil
+import subprocess
 import tempfile
 import zipfile
 from pathlib import Path
@@ -331,6 +333,45 @@ def test_a_hostile_zip_is_refused(tmp_path):
         z.writestr("a.csv", b"0" * (20 << 20))
     with pytest.raises(DataError, match="zip bomb"):
         zip_files(tmp_path / "bomb.zip")
+
+
+def test_a_zip_and_a_folder_of_zips_read_like_the_folder(tmp_path):
+    folder = cmqa(tmp_path / "d")
+    (tmp_path / "z").mkdir()
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as both:
+        for name in ("questions", "answers"):
+            both.write(folder / f"{name}.csv", f"cMQA/{name}.csv")
+            with zipfile.ZipFile(tmp_path / "z" / f"{name}.zip", "w") as z:
+                z.write(folder / f"{name}.csv", f"{name}.csv")
+    plain = read_examples(folder)
+    assert read_examples(tmp_path / "all.zip") == read_examples(tmp_path / "z") == plain
+    assert prepare(tmp_path / "all.zip", tmp_path / "o", dev=0, test=0)["kept"] == 1
+
+
+@pytest.mark.skipif(shutil.which("zip") is None, reason="needs the zip command to split an archive")
+def test_a_split_archive_is_read_as_the_one_it_was(tmp_path):
+    noise = "".join(f"{i},1,{random.Random(i).random()}很长的回答\n" for i in range(6000))
+    folder = cmqa(tmp_path / "d", answers="ans_id,question_id,content\n" + noise)
+    subprocess.run(["zip", "-q", "-s", "64k", "../s.zip", "answers.csv", "questions.csv"], cwd=folder, check=True)
+    assert (tmp_path / "s.z01").exists()
+    assert read_examples(tmp_path / "s.zip") == read_examples(folder)
+    (tmp_path / "s.z01").unlink()
+    with pytest.raises(DataError, match="split archive"):
+        read_examples(tmp_path / "s.zip")
+
+
+def test_a_header_narrower_than_its_rows_is_named_with_the_command(tmp_path):
+    folder = cmqa(tmp_path / "d")
+    (folder / "dev_candidates.txt").write_text("question_id,ans_id,label\n1,9,0,1\n")
+    with pytest.raises(DataError, match="under a header of 3 names") as e:
+        prepare(folder, tmp_path / "o")
+    assert "sed -i" in e.value.hint
+
+
+def test_the_page_needs_no_network(mini_report):
+    page = (mini_report[1] / "report.html").read_text(encoding="utf-8")
+    assert '"showSendToCloud": false' in page or '"showSendToCloud":false' in page
+    assert "<script src=" not in page
 
 
 def test_encoding_is_found_by_looking(tmp_path):

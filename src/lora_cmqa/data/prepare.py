@@ -23,7 +23,9 @@ from ..core import Example, Split
 from ..errors import DataError, ResourceError
 from ..messages import say
 from .clean import CleanReport, clean
+from .report import as_html
 from .sources import (
+    is_cmqa,
     read_candidates,
     read_cmqa,
     read_examples,
@@ -69,9 +71,8 @@ def prepare(
     source, out = Path(source), Path(out)
     rejects: list[tuple[Example, str]] = []
     orphans: list[str] = []
-    folder = source if source.is_dir() else source.parent
-    is_cmqa = source.is_dir() and not (source / "train.jsonl").is_file()
-    if is_cmqa:
+    is_layout = is_cmqa(source)
+    if is_layout:
         examples, orphans = read_cmqa(source, on_orphan=on_orphan)
     else:
         examples = read_examples(source)
@@ -79,7 +80,7 @@ def prepare(
     spun = refuse_spun(examples, source, allow=allow_spun)
     kept, cleaned = clean(examples, off=no_clean)
     rejects += cleaned.rejects
-    official = read_splits(folder) if is_cmqa else {}
+    official = read_splits(source) if is_layout else {}
     if official:
         kept = [replace(e, split=official.get(e.question_id, "train")) for e in kept]
     kept = split(kept, dev=dev, test=test, seed=seed)
@@ -102,9 +103,10 @@ def prepare(
     try:
         out.mkdir(parents=True, exist_ok=True)
         _write(out, rows, rejects, orphans, format)
-        if is_cmqa:
-            report["candidates"] = _write_candidates(out / "candidates", folder, kept)
+        if is_layout:
+            report["candidates"] = _write_candidates(out / "candidates", source, kept)
         _write_card(out, source, report, licence)
+        (out / "report.html").write_text(as_html(report, rows), encoding="utf-8")
         (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     except OSError as e:
         raise ResourceError(f"cannot be written: {e.strerror}", file=out, hint="Name another --out.") from None

@@ -18,11 +18,11 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from ..core import Example, Message, Role, Split
 from ..errors import DataError
-from .files import lines, on_disk, open_text
+from .files import DataFile, data_files, lines, on_disk, open_text
 
 MAX_FIELD = 1 << 20  # characters; a longer field is a broken quote or no text at all
 
@@ -55,9 +55,11 @@ def read_examples(source: str | Path, *, on_orphan: Literal["error", "drop"] = "
     Raises DataError: nothing there, an unknown form, a missing column, a bad row (with its line).
     """
     path = Path(source)
+    if is_cmqa(path):
+        return read_cmqa(path, on_orphan=on_orphan)[0]
+    if path.suffix.lower() == ".zip" and path.is_file():
+        raise DataError("no questions.csv with answers.csv in this zip", file=path, hint="Unpack it and name the file.")
     if path.is_dir():
-        if any((path / n).is_file() for n in _ANSWER_FILES):
-            return read_cmqa(path, on_orphan=on_orphan)[0]
         if (path / "train.jsonl").is_file():
             return [e for s in ("train", "dev", "test") for e in read_messages(path / f"{s}.jsonl", missing_ok=True)]
         raise DataError(
@@ -88,6 +90,13 @@ _FORMS = (
 )
 
 
+def is_cmqa(path: Path) -> bool:
+    """A folder (or a zip, or a folder of zips as cMedQA2 comes) with an answer file of the cMQA layout."""
+    if not (path.is_dir() or path.suffix.lower() in (".zip", ".z01")) or (path / "train.jsonl").is_file():
+        return False
+    return any(f.base in _ANSWER_FILES for f in data_files(path))
+
+
 # ---- cMQA / cMedQA -----------------------------------------------------------------------------------------------
 
 
@@ -98,25 +107,25 @@ def read_cmqa(folder: Path, *, on_orphan: Literal["error", "drop"] = "error") ->
     for line, row in _csv_rows(question_file, needed=(_QUESTION_ID, ("content",))):
         qid = row[0]
         if qid in questions and questions[qid] != row[1]:
-            raise DataError(f"question_id {qid} stands twice with different texts", file=question_file, row=line)
+            raise DataError(f"question_id {qid} stands twice with different texts", file=question_file.name, row=line)
         questions[qid] = row[1]
     examples: list[Example] = []
     orphans: list[tuple[int, str, str]] = []
     seen: set[str] = set()
     for line, (aid, qid, content) in _csv_rows(answer_file, needed=(_ANSWER_ID, _QUESTION_ID, ("content",))):
         if aid in seen:
-            raise DataError(f"ans_id {aid} stands twice", file=answer_file, row=line)
+            raise DataError(f"ans_id {aid} stands twice", file=answer_file.name, row=line)
         seen.add(aid)
         if qid not in questions:
             orphans.append((line, aid, qid))
             continue
         turns = (Message("user", questions[qid]), Message("assistant", content))
-        examples.append(Example(turns, id=aid, question_id=qid, source=answer_file.name))
+        examples.append(Example(turns, id=aid, question_id=qid, source=answer_file.base))
     if orphans and on_orphan == "error":
         line, _, qid = orphans[0]
         raise DataError(
-            f"question_id {qid} is not in {question_file.name} ({len(orphans)} rows like this, of {len(seen)})",
-            file=answer_file,
+            f"question_id {qid} is not in {question_file.base} ({len(orphans)} rows like this, of {len(seen)})",
+            file=answer_file.name,
             row=line,
             hint="Drop them with --on-orphan drop, or check that both files come from the same release.",
         )
@@ -125,12 +134,12 @@ def read_cmqa(folder: Path, *, on_orphan: Literal["error", "drop"] = "error") ->
 
 def read_splits(folder: Path) -> dict[str, Split]:
     """question_id -> split, from splits.csv, else from the candidate files (dev, test; the rest is train); else {}."""
-    file = folder / "splits.csv"
-    if file.is_file():
+    file = _find(folder, ("splits.csv",), needed=False)
+    if file is not None:
         out: dict[str, Split] = {}
         for line, (qid, split) in _csv_rows(file, needed=(_QUESTION_ID, ("split",))):
             if split not in ("train", "dev", "test"):
-                raise DataError(f"{split!r} is no split (train, dev, test)", file=file, row=line, field="split")
+                raise DataError(f"{split!r} is no split (train, dev, test)", file=file.name, row=line, field="split")
             out[qid] = split  # type: ignore[assignment]
         return out
     named: dict[str, Split] = {}
@@ -143,18 +152,22 @@ def read_splits(folder: Path) -> dict[str, Split]:
 def read_candidates(folder: Path, split: str) -> list[CandidateList]:
     """The ranking lists of a split: question_id,ans_id,cnt,label rows, or question_id,pos_ans_id,neg_ans_id for train.
 
-    A header narrower than its rows (old cMedQA v1 files name 3 of 4 columns) is understood by the rows' width.
-    Without a file: [].
+    Without a file: []. Raises DataError for a header narrower than its rows (old cMedQA v1 files name 3 of 4 columns).
     """
-    file = next(
-        (folder / n for n in (f"{split}_candidates.txt", f"{split}_candidates.csv") if (folder / n).is_file()), None
-    )
+    file = _find(folder, (f"{split}_candidates.txt", f"{split}_candidates.csv"), needed=False)
     if file is None:
         return []
     rows = _raw_rows(file)
     _, header = next(rows, (1, []))
     lists: dict[str, dict[str, int]] = {}
     for line, row in rows:
+        if len(row) > len(header):
+            raise DataError(
+                f"{len(row)} fields under a header of {len(header)} names",
+                file=file.name,
+                row=line,
+                hint=f"Name all columns: sed -i '1s/.*/question_id,ans_id,cnt,label/' {file.base}",
+            )
         if "neg_ans_id" in header and len(row) == 3:
             of = lists.setdefault(row[0], {})
             of[row[1]] = 1
@@ -162,15 +175,23 @@ def read_candidates(folder: Path, split: str) -> list[CandidateList]:
         elif len(row) == 4 and row[3] in ("0", "1"):
             lists.setdefault(row[0], {})[row[1]] = int(row[3])
         else:
-            raise DataError(f"{len(row)} fields where question_id,ans_id,cnt,label are expected", file=file, row=line)
+            raise DataError(
+                f"{len(row)} fields where question_id,ans_id,cnt,label are expected", file=file.name, row=line
+            )
     return [CandidateList(q, tuple(c), tuple(c.values())) for q, c in lists.items()]
 
 
-def _find(folder: Path, names: Sequence[str]) -> Path:
-    for name in names:
-        if (folder / name).is_file():
-            return folder / name
-    raise DataError(f"neither {' nor '.join(names)} is here", file=folder)
+@overload
+def _find(folder: Path, names: Sequence[str]) -> DataFile: ...
+@overload
+def _find(folder: Path, names: Sequence[str], *, needed: bool) -> DataFile | None: ...
+def _find(folder: Path, names: Sequence[str], *, needed: bool = True) -> DataFile | None:
+    """The first of `names` in a folder or zip; the one least deep where it stands in several folders."""
+    files = sorted(data_files(folder), key=lambda f: f.name.count("/"))
+    found = next((f for n in names for f in files if f.base == n), None)
+    if found is None and needed:
+        raise DataError(f"neither {' nor '.join(names)} is here", file=folder)
+    return found
 
 
 # ---- JSON forms --------------------------------------------------------------------------------------------------
@@ -247,7 +268,9 @@ def read_qa_csv(file: Path) -> list[Example]:
     """A CSV with a question and an answer column; a title stands before the question where it says more."""
     asks, answers = ("ask", "question", "query", "问题"), ("answer", "response", "回答", "答案")
     examples = []
-    for line, (title, ask, answer) in _csv_rows(file, needed=(("title", "标题"), asks, answers), optional=(0,)):
+    for line, (title, ask, answer) in _csv_rows(
+        on_disk(file), needed=(("title", "标题"), asks, answers), optional=(0,)
+    ):
         question = ask if title in ("", ask) or title in ask else f"{title}\n{ask}"
         turns = (Message("user", question), Message("assistant", answer))
         examples.append(Example(turns, id=str(line), question_id=str(line), source=file.name))
@@ -300,40 +323,40 @@ def _json_rows(file: Path) -> Iterator[tuple[int, Any]]:
 # ---- text and CSV ------------------------------------------------------------------------------------------------
 
 
-def _raw_rows(file: Path) -> Iterator[tuple[int, list[str]]]:
+def _raw_rows(file: DataFile) -> Iterator[tuple[int, list[str]]]:
     """(line, fields); the line is where the row ends, as the csv module counts it."""
     csv.field_size_limit(MAX_FIELD)
-    reader = csv.reader(lines(on_disk(file)), strict=True)
+    reader = csv.reader(lines(file), strict=True)
     try:
         for row in reader:
             if row:
                 yield reader.line_num, row
     except csv.Error as e:
-        raise DataError(f"not whole CSV: {e}", file=file, row=reader.line_num) from None
+        raise DataError(f"not whole CSV: {e}", file=file.name, row=reader.line_num) from None
 
 
 def _csv_rows(
-    file: Path, *, needed: Sequence[Sequence[str]], optional: Sequence[int] = ()
+    file: DataFile, *, needed: Sequence[Sequence[str]], optional: Sequence[int] = ()
 ) -> Iterator[tuple[int, list[str]]]:
     """(line, the needed fields in order). Each of `needed` lists the names a column may have."""
     rows = _raw_rows(file)
     _, header = next(rows, (1, []))
     if not header:
-        raise DataError("the file is empty", file=file)
+        raise DataError("the file is empty", file=file.name)
     names = [h.strip().lower() for h in header]
     places: list[int | None] = []
     for i, ways in enumerate(needed):
         place = next((names.index(w) for w in ways if w in names), None)
         if place is None and i not in optional:
             raise DataError(
-                f"no column {' or '.join(ways)}; it has {', '.join(header)}", file=file, row=1, field=ways[0]
+                f"no column {' or '.join(ways)}; it has {', '.join(header)}", file=file.name, row=1, field=ways[0]
             )
         places.append(place)
     empty = True
     for line, row in rows:
         empty = False
         if len(row) != len(header):
-            raise DataError(f"{len(row)} fields where the header has {len(header)}", file=file, row=line)
+            raise DataError(f"{len(row)} fields where the header has {len(header)}", file=file.name, row=line)
         yield line, [row[p] if p is not None else "" for p in places]
     if empty:
-        raise DataError("a header and no row", file=file)
+        raise DataError("a header and no row", file=file.name)

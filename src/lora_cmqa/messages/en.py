@@ -52,6 +52,13 @@ TEXT: dict[str, str] = {
     "train.which_last": "the last step (no dev set)",
     "train.accepted": "--{flag} is accepted and has no effect here: {why}.",
     # data
+    "data.report": "{source}: what was read, repaired, rejected",
+    "data.questions": "questions",
+    "data.answers": "answers",
+    "data.lengths": "Length in characters",
+    "data.rules": "Rules and the rows they touched",
+    "data.before": "before",
+    "data.after": "after",
     "data.summary": "{read} rows read, {kept} kept ({repaired} of them repaired), {rejected} rejected.",
     "data.splits": "train {train}, dev {dev}, test {test} rows.",
     "data.rule": "  {name}: {rows} rows",

@@ -50,6 +50,13 @@ TEXT: dict[str, str] = {
     "train.which_last": "最后一步（没有验证集）",
     "train.accepted": "--{flag} 可以写，但在这里不起作用：{why}。",
     # data
+    "data.report": "{source}：读取、修复与剔除",
+    "data.questions": "问题",
+    "data.answers": "回答",
+    "data.lengths": "长度（字符）",
+    "data.rules": "规则及其涉及的行数",
+    "data.before": "之前",
+    "data.after": "之后",
     "data.summary": "读取 {read} 行，保留 {kept} 行（其中修复 {repaired} 行），剔除 {rejected} 行。",
     "data.splits": "训练 {train} 行，验证 {dev} 行，测试 {test} 行。",
     "data.rule": "  {name}：{rows} 行",
