@@ -37,7 +37,7 @@ def qwen_v1() -> Path:
     return _shared_or_skip("fixtures/qwen-v1")
 
 
-@pytest.fixture()
+@pytest.fixture
 def tiny():
     """The doll's house: (model, tokenizer) of the built-in tiny model in float64, random weights, no download."""
     from lora_cmqa.models.load import load_model
