@@ -28,7 +28,11 @@ from lora_cmqa.config import Config, parse
 from lora_cmqa.train import commit, loop
 
 where, count = sys.argv[2], int(sys.argv[3])
-owner, name = {"step": (loop, "train_step"), "write": (commit, "_write_synced"), "rename": (commit, "sync_folder")}[where]
+owner, name = {
+    "step": (loop, "train_step"),
+    "write": (commit, "_write_synced"),
+    "rename": (commit, "sync_folder"),
+}[where]
 real, calls = getattr(owner, name), 0
 
 def counted(*args, **kwargs):
