@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from ..errors import ConfigError
 
 QUESTION_JACCARD = 0.7
 ANSWER_JACCARD = 0.7
+_BLOCK = 8192  # texts whose 5-grams are held at once
 _PERMUTATIONS, _BANDS = 128, 32  # 4 rows a band: at Jaccard 0.7 a pair is missed once in 6,000
 
 
@@ -93,31 +95,42 @@ def near_pairs(texts: Sequence[str], threshold: float) -> Iterator[tuple[int, in
         else:
             first[text] = i
             distinct.append(i)
-    grams = [shingles(texts[i]) for i in distinct]
-    for a, b in _candidate_pairs(grams):
-        if jaccard(grams[a], grams[b]) >= threshold:
+    grams = lru_cache(maxsize=1 << 14)(lambda i: shingles(texts[distinct[i]]))
+    for a, b in _candidate_pairs([texts[i] for i in distinct]):
+        if jaccard(grams(a), grams(b)) >= threshold:
             yield distinct[a], distinct[b]
 
 
-def _candidate_pairs(grams: Sequence[frozenset[str]]) -> Iterator[tuple[int, int]]:
-    from rensa import RMinHash
-
-    if len(grams) < 2:
+def _candidate_pairs(texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs that agree in at least one band of their MinHash digests."""
+    if len(texts) < 2:
         return
-    hashes = RMinHash.digests_from_token_sets([sorted(g) for g in grams], _PERMUTATIONS, 42)
-    matrix = np.asarray(hashes, dtype=np.uint32).reshape(len(grams), _BANDS, -1)
+    digests = _digests(texts).reshape(len(texts), _BANDS, -1)
     seen: set[tuple[int, int]] = set()
     for band in range(_BANDS):
-        keys = np.ascontiguousarray(matrix[:, band]).view(np.dtype((np.void, matrix.shape[2] * 4)))[:, 0]
-        buckets: dict[bytes, list[int]] = defaultdict(list)
-        for i, key in enumerate(keys.tolist()):
-            buckets[key].append(i)
+        keys = np.ascontiguousarray(digests[:, band]).view(np.dtype((np.void, digests.shape[2] * 4)))[:, 0]
+        _, key, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+        shared = np.flatnonzero(sizes[key] > 1)  # most texts are like no other: only these come to Python
+        buckets: dict[int, list[int]] = defaultdict(list)
+        for i, k in zip(shared.tolist(), key[shared].tolist(), strict=True):
+            buckets[k].append(i)
         for bucket in buckets.values():
             for n, b in enumerate(bucket):
                 for a in bucket[:n]:
                     if (a, b) not in seen:
                         seen.add((a, b))
                         yield a, b
+
+
+def _digests(texts: Sequence[str]) -> np.ndarray:
+    """uint32 [texts, _PERMUTATIONS]. In blocks: the 5-grams of 240,000 texts at once would take 2 GB."""
+    from rensa import RMinHash
+
+    out = np.empty((len(texts), _PERMUTATIONS), dtype=np.uint32)
+    for start in range(0, len(texts), _BLOCK):
+        sets = [list(shingles(t)) for t in texts[start : start + _BLOCK]]
+        out[start : start + len(sets)] = RMinHash.digests_from_token_sets(sets, _PERMUTATIONS, 42)
+    return out
 
 
 def leaks(one: Sequence[Example], other: Sequence[Example], *, threshold: float = QUESTION_JACCARD) -> Leaks:
