@@ -34,7 +34,7 @@ from .sources import (
     write_conversations,
     write_messages,
 )
-from .split import leaked_ids, leaks, split
+from .split import Alike, find_alike, leaked_ids, leaks, split
 from .spun import refuse_spun
 
 SPLITS: tuple[Split, ...] = ("train", "dev", "test")
@@ -83,12 +83,15 @@ def prepare(
     official = read_splits(source) if is_layout else {}
     if official:
         kept = [replace(e, split=official.get(e.question_id, "train")) for e in kept]
-    kept = split(kept, dev=dev, test=test, seed=seed)
-    rows: dict[Split, list[Example]] = {s: [e for e in kept if e.split == s] for s in SPLITS}
     others = {Path(a).name: read_examples(a) for a in against}
-    found = {f"{s}_{name}": asdict(leaks(rows[s], o)) for name, o in others.items() for s in SPLITS if rows[s]}
+    alike = find_alike([*kept, *(e for o in others.values() for e in o)])
+    kept = split(kept, dev=dev, test=test, seed=seed, alike=alike)
+    rows: dict[Split, list[Example]] = {s: [e for e in kept if e.split == s] for s in SPLITS}
+    found = {f"{s}_{name}": asdict(leaks(rows[s], o, alike)) for name, o in others.items() for s in SPLITS if rows[s]}
     if drop_leaks:
-        leaking = leaked_ids(rows["train"], [*rows["dev"], *rows["test"], *(e for o in others.values() for e in o)])
+        leaking = leaked_ids(
+            rows["train"], [*rows["dev"], *rows["test"], *(e for o in others.values() for e in o)], alike
+        )
         rejects += [(e, "leak") for e in rows["train"] if e.id in leaking]
         rows["train"] = [e for e in rows["train"] if e.id not in leaking]
     if limit is not None and len(rows["train"]) > limit:
@@ -98,7 +101,7 @@ def prepare(
         rows["train"] = [e for i, e in enumerate(rows["train"]) if i in chosen]
     if not rows["train"]:
         raise DataError(f"of {read} rows none is left to train on", file=source, hint="report.json names the reasons.")
-    report = _report(source, read, cleaned, rows, rejects, orphans, official=bool(official), seed=seed)
+    report = _report(source, read, cleaned, rows, rejects, orphans, alike, official=bool(official), seed=seed)
     report["against"], report["spun"] = found, spun
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -153,6 +156,7 @@ def _report(
     rows: dict[Split, list[Example]],
     rejects: list[tuple[Example, str]],
     orphans: list[str],
+    alike: Alike,
     *,
     official: bool,
     seed: int,
@@ -174,7 +178,7 @@ def _report(
         "official_split": official,
         "rules": cleaned.as_dict()["rules"],
         "digit_stops": cleaned.digit_stops,
-        "leaks": {f"{a}_{b}": asdict(leaks(rows[a], rows[b])) for a, b in pairs},
+        "leaks": {f"{a}_{b}": asdict(leaks(rows[a], rows[b], alike)) for a, b in pairs},
         "seed": seed,
     }
 

@@ -33,7 +33,21 @@ class Leaks:
     of_answers: int
 
 
-def split(examples: Sequence[Example], *, dev: float = 0.1, test: float = 0.1, seed: int = 42) -> list[Example]:
+Alike = dict[str, list[tuple[str, str]]]  # "question", "answer" -> pairs of near-equal texts
+
+
+def find_alike(examples: Sequence[Example]) -> Alike:
+    """Every pair of near-equal questions and answers: found once, used by the split and by each leak count."""
+    found: Alike = {}
+    for kind, threshold in (("question", QUESTION_JACCARD), ("answer", ANSWER_JACCARD)):
+        texts = list(dict.fromkeys(getattr(e, kind) for e in examples))
+        found[kind] = [(texts[a], texts[b]) for a, b in near_pairs(texts, threshold)]
+    return found
+
+
+def split(
+    examples: Sequence[Example], *, dev: float = 0.1, test: float = 0.1, seed: int = 42, alike: Alike | None = None
+) -> list[Example]:
     """Examples with `.split` set, in their order; a share `dev` and `test` of the rows, by whole clusters.
 
     Rows that name a split already keep it, and rows of their cluster follow the strictest side (test, dev, train),
@@ -44,7 +58,7 @@ def split(examples: Sequence[Example], *, dev: float = 0.1, test: float = 0.1, s
     if all(e.split for e in examples):
         return list(examples)
     members: dict[int, list[int]] = defaultdict(list)
-    for i, c in enumerate(clusters(examples)):
+    for i, c in enumerate(clusters(examples, alike)):
         members[c].append(i)
     order = list(members)
     np.random.Generator(np.random.PCG64(seed)).shuffle(order)
@@ -63,7 +77,7 @@ def split(examples: Sequence[Example], *, dev: float = 0.1, test: float = 0.1, s
     return [replace(e, split=side[i]) for i, e in enumerate(examples)]
 
 
-def clusters(examples: Sequence[Example]) -> list[int]:
+def clusters(examples: Sequence[Example], alike: Alike | None = None) -> list[int]:
     """A cluster number for each example."""
     parent = list(range(len(examples)))
 
@@ -76,12 +90,14 @@ def clusters(examples: Sequence[Example]) -> list[int]:
     first: dict[str, int] = {}
     for i, e in enumerate(examples):
         parent[root(i)] = root(first.setdefault(e.question_id, i))
-    for texts, threshold in (
-        ([e.question for e in examples], QUESTION_JACCARD),
-        ([e.answer for e in examples], ANSWER_JACCARD),
-    ):
-        for a, b in near_pairs(texts, threshold):
-            parent[root(a)] = root(b)
+    for kind, pairs in (alike or find_alike(examples)).items():
+        place: dict[str, int] = {}
+        for i, e in enumerate(examples):
+            text = getattr(e, kind)
+            parent[root(i)] = root(place.setdefault(text, i))
+        for one, other in pairs:
+            if one in place and other in place:
+                parent[root(place[one])] = root(place[other])
     return [root(i) for i in range(len(examples))]
 
 
@@ -133,30 +149,31 @@ def _digests(texts: Sequence[str]) -> np.ndarray:
     return out
 
 
-def leaks(one: Sequence[Example], other: Sequence[Example], *, threshold: float = QUESTION_JACCARD) -> Leaks:
+def leaks(one: Sequence[Example], other: Sequence[Example], alike: Alike | None = None) -> Leaks:
     """How many questions and answers of `one` have a near-duplicate (or an equal) in `other`."""
+    alike = alike or find_alike([*one, *other])
     counts = []
-    for kind in ("question", "answer"):
+    for kind, pairs in alike.items():
         mine = {getattr(e, kind) for e in one}
-        counts += [len(_alike(mine, {getattr(e, kind) for e in other}, threshold)), len(mine)]
+        counts += [len(_standing_in(mine, {getattr(e, kind) for e in other}, pairs)), len(mine)]
     return Leaks(*counts)
 
 
-def leaked_ids(one: Sequence[Example], other: Sequence[Example], *, threshold: float = QUESTION_JACCARD) -> set[str]:
+def leaked_ids(one: Sequence[Example], other: Sequence[Example], alike: Alike | None = None) -> set[str]:
     """Ids of the examples of `one` whose question or answer has a near-duplicate in `other`."""
-    questions = _alike({e.question for e in one}, {e.question for e in other}, threshold)
-    answers = _alike({e.answer for e in one}, {e.answer for e in other}, threshold)
-    return {e.id for e in one if e.question in questions or e.answer in answers}
+    alike = alike or find_alike([*one, *other])
+    hit = {
+        kind: _standing_in({getattr(e, kind) for e in one}, {getattr(e, kind) for e in other}, pairs)
+        for kind, pairs in alike.items()
+    }
+    return {e.id for e in one if e.question in hit["question"] or e.answer in hit["answer"]}
 
 
-def _alike(mine: set[str], theirs: set[str], threshold: float) -> set[str]:
+def _standing_in(mine: set[str], theirs: set[str], pairs: Sequence[tuple[str, str]]) -> set[str]:
     """Those of `mine` that stand, or nearly stand, in `theirs`."""
-    texts = sorted(mine | theirs)
     hit = mine & theirs
-    for a, b in near_pairs(texts, threshold):
-        for x, y in ((texts[a], texts[b]), (texts[b], texts[a])):
-            if x in mine and y in theirs:
-                hit.add(x)
+    for a, b in pairs:
+        hit.update(x for x, y in ((a, b), (b, a)) if x in mine and y in theirs)
     return hit
 
 
