@@ -17,13 +17,14 @@ from lora_cmqa.errors import ConfigError
 ROOT = Path(__file__).resolve().parents[1]
 
 # The seed's own command, word for word but for the three paths.
-SEED = (
+LINE = (
     "--model_name_or_path M --data_path D.json --bf16 True --output_dir O --num_train_epochs 5 "
     "--per_device_train_batch_size 2 --per_device_eval_batch_size 1 --gradient_accumulation_steps 8 "
     "--evaluation_strategy no --save_strategy steps --save_steps 1000 --save_total_limit 10 --learning_rate 3e-4 "
     "--weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01 --lr_scheduler_type cosine --logging_steps 1 "
     "--report_to none --model_max_length 512 --lazy_preprocess True --gradient_checkpointing --use_lora"
-).split()  # noqa: SIM905
+)
+SEED = LINE.split()
 
 
 def script() -> ModuleType:
