@@ -5,7 +5,7 @@ import torch
 
 from lora_cmqa.data.template import ChatTemplate
 from lora_cmqa.engine.base import Request
-from lora_cmqa.engine.chat import Chat, converse
+from lora_cmqa.engine.chat import Chat, converse, print_side_by_side
 from lora_cmqa.engine.embedded import EmbeddedEngine
 from lora_cmqa.engine.run import OpenRun
 from lora_cmqa.engine.sampling import SamplingParams, next_token
@@ -134,3 +134,9 @@ def test_history_and_system_reach_the_prompt(tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(RunError, match=r"adapter_config\.json"):
         Chat(tmp_path)
+
+
+def test_side_by_side_shows_long_answers_whole(capsys):
+    long = "".join(chr(0x4E00 + i) for i in range(150))  # no space to break at, every character once
+    print_side_by_side([{"question": "q", "base": "short", "adapter": long}])
+    assert set(long) <= set(capsys.readouterr().out)

@@ -107,8 +107,9 @@ def print_side_by_side(answers: Sequence[dict[str, str]]) -> None:
     console = Console()
     for a in answers:
         table = Table(title=Text(a["question"], style="bold"), title_justify="left", box=box.SIMPLE_HEAD, expand=True)
-        table.add_column(say("chat.base"), ratio=1)
-        table.add_column(say("chat.adapter"), ratio=1, style="green")
+        # fold: Chinese has no spaces to break at, and an answer is shown whole
+        table.add_column(say("chat.base"), ratio=1, overflow="fold")
+        table.add_column(say("chat.adapter"), ratio=1, style="green", overflow="fold")
         table.add_row(Text(a["base"] or say("chat.silence")), Text(a["adapter"] or say("chat.silence")))
         console.print(table)
 
