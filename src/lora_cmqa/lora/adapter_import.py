@@ -20,7 +20,7 @@ from peft import LoraConfig
 
 from ..errors import AdapterError
 from ..models import qwen1
-from ..models.load import BUILT_IN, load_model, read_json, resolve
+from ..models.load import base_name, load_model, read_json, resolve
 from .adapter import CONFIG, WEIGHTS, encode_adapter, load_adapter, read_adapter_config, read_tensors
 from .fingerprint import FILE as FINGERPRINT
 from .fingerprint import check_fingerprint, write_fingerprint
@@ -62,7 +62,7 @@ def import_adapter(
     )
     tensors = {_PREFIX + k: t for k, t in native.items()}
     with appears_complete(Path(out)) as made:
-        for name, content in encode_adapter(written, tensors, base_model_name_or_path=_base_name(base)).items():
+        for name, content in encode_adapter(written, tensors, base_model_name_or_path=base_name(base)).items():
             (made / name).write_bytes(content)
         write_fingerprint(made, base_folder)
     return {
@@ -95,15 +95,10 @@ def rebase(adapter: str | Path, new_base: str | Path, out: str | Path) -> dict[s
         for file in folder.iterdir():
             if file.is_file() and file.name not in (CONFIG, FINGERPRINT):
                 shutil.copyfile(file, made / file.name)
-        named = config | {"base_model_name_or_path": _base_name(new_base)}
+        named = config | {"base_model_name_or_path": base_name(new_base)}
         (made / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_fingerprint(made, new_base)
     return {"out": str(out), "base": str(new_base), "before": config.get("base_model_name_or_path"), "same_base": same}
-
-
-def _base_name(base: str | Path) -> str:
-    """What plain PEFT can load later, from any folder: a path in full, a hub name as it is."""
-    return str(resolve(base)) if Path(base).exists() or str(base) in BUILT_IN else str(base)
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------

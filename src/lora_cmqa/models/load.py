@@ -122,6 +122,13 @@ def resolve(name_or_path: str | Path) -> Path:
     )
 
 
+def base_name(name_or_path: str | Path) -> str:
+    """What adapter_config.json calls the base, for plain PEFT to load later from any folder: a path in full, a hub
+    name as it is."""
+    name = str(name_or_path)
+    return str(resolve(name)) if name in BUILT_IN or Path(name).expanduser().exists() else name
+
+
 def _folders_beside(path: Path) -> list[str]:
     try:
         return [str(path.parent / p.name) for p in path.parent.iterdir() if p.is_dir()]

@@ -37,7 +37,7 @@ from ..lora.fingerprint import FILE as FINGERPRINT
 from ..lora.fingerprint import check_fingerprint
 from ..lora.inject import QWEN_V1_NAMES, inject_lora, lora_parameters
 from ..messages import say
-from ..models.load import load_model, pick_device, pick_dtype
+from ..models.load import base_name, load_model, pick_device, pick_dtype
 from .checkpoint import BEST, load_checkpoint, newest_whole, save_checkpoint, seed_all
 from .commit import check_space, disk_errors, remove_leftovers, write_file
 from .model_card import model_card
@@ -46,7 +46,6 @@ from .run_folder import (
     CARD,
     METRICS,
     RunLock,
-    base_name,
     check_same_config,
     environment,
     is_finished,

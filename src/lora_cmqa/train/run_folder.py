@@ -29,7 +29,6 @@ from ..data.template import ChatTemplate
 from ..errors import RunError
 from ..lora.adapter import CONFIG, WEIGHTS
 from ..lora.fingerprint import write_fingerprint
-from ..models.load import BUILT_IN, resolve
 from .checkpoint import STATE
 from .commit import write_file
 
@@ -169,13 +168,6 @@ def _flat(value: Any) -> str:
 
 
 # ---- what is written once ----------------------------------------------------------------------------------------
-
-
-def base_name(name_or_path: str) -> str:
-    """What adapter_config.json calls the base: a hub name as it is, else the folder's absolute path."""
-    if name_or_path in BUILT_IN or Path(name_or_path).expanduser().is_dir():
-        return str(resolve(name_or_path))
-    return name_or_path
 
 
 def write_companions(
