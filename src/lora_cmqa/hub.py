@@ -22,19 +22,29 @@ def fetch(name: str) -> Path:
 
     Raises ModelError: no such model, no access, no network; the hint names the way without a hub.
     """
+    return _fetch(name, FILES)
+
+
+def _fetch(name: str, files: list[str]) -> Path:
     hub = os.environ.get("CMQA_HUB", "huggingface").lower()
     if hub not in ("huggingface", "modelscope"):
         raise ModelError(f"CMQA_HUB is {hub!r}", hint="CMQA_HUB=huggingface or CMQA_HUB=modelscope")
-    return _from_modelscope(name) if hub == "modelscope" else _from_huggingface(name)
+    return _from_modelscope(name, files) if hub == "modelscope" else _from_huggingface(name, files)
 
 
-def _from_huggingface(name: str) -> Path:
+def fetch_config(name: str) -> Path:
+    """config.json of a hub model, and nothing else: enough to plan with. Raises ModelError as `fetch` does."""
+    folder = _fetch(name, ["config.json"])
+    return folder / "config.json"
+
+
+def _from_huggingface(name: str, files: list[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     endpoint = os.environ.get("HF_ENDPOINT", "the Hugging Face hub")
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=LEAVE))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=LEAVE))
     except GatedRepoError:
         raise ModelError(
             f"{name} is there, but its owner asks you to accept terms first",
@@ -46,7 +56,7 @@ def _from_huggingface(name: str) -> Path:
         raise ModelError(f"{name} cannot be fetched from {endpoint}: {_reason(e)}", hint=_local(name)) from None
 
 
-def _from_modelscope(name: str) -> Path:
+def _from_modelscope(name: str, files: list[str]) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError:
@@ -54,7 +64,7 @@ def _from_modelscope(name: str) -> Path:
             "CMQA_HUB=modelscope needs the modelscope package, which is not installed", hint="pip install modelscope"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=FILES, ignore_patterns=LEAVE))
+        return Path(snapshot_download(name, allow_patterns=files, ignore_patterns=LEAVE))
     except Exception as e:  # the package raises its own errors, requests' and ValueError for the same cause
         raise ModelError(f"{name} cannot be fetched from ModelScope: {_reason(e)}", hint=_local(name)) from None
 

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 from lora_cmqa.errors import ModelError
 from lora_cmqa.models import qwen1
 from lora_cmqa.models.load import load_model
+from lora_cmqa.models.sizes import QWEN1_EARLY_KEYS
 
 SETS = {"qwen_v1_tiny": "reference", "qwen_v1_tiny_sharded": "reference_sharded"}
 TOLERANCE = 1e-4  # fp32 logits of standard deviation 1.4; a float64 run differs by 7e-6
@@ -213,7 +214,7 @@ def test_a_7b_shaped_config_goes_through_the_table_without_allocating(tmp_path):
 
 
 def test_early_config_keys_are_mapped(tmp_path):
-    early = {v: k for k, v in qwen1._EARLY.items()}
+    early = {v: k for k, v in QWEN1_EARLY_KEYS.items()}
     (tmp_path / "config.json").write_text(json.dumps({early.get(k, k): v for k, v in SEVEN_B.items()}))
     v1 = qwen1.read_config(tmp_path)
     assert (v1.hidden, v1.layers, v1.ffn, v1.vocab, v1.max_positions) == (4096, 32, 11008, 151936, 32768)

@@ -34,19 +34,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from ..data.template import CHATML
 from ..errors import ModelError
 from .cache import settle
+from .sizes import QWEN1_EARLY_KEYS, is_qwen1
 from .tiny import byte_alphabet
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
-# The first configs (August 2023) used GPT-2's words.
-_EARLY = {
-    "n_embd": "hidden_size",
-    "n_layer": "num_hidden_layers",
-    "n_head": "num_attention_heads",
-    "n_positions": "max_position_embeddings",
-    "ffn_hidden_size": "intermediate_size",
-    "padded_vocab_size": "vocab_size",
-}
 # What the original can be told and no published checkpoint tells it: refused by name, never guessed.
 _ONLY = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False}
 
@@ -68,11 +60,6 @@ class Qwen1Config:
     logn: bool
 
 
-def is_qwen1(config: dict[str, Any]) -> bool:
-    """Whether a config.json is a Qwen v1 checkpoint's."""
-    return config.get("model_type") == "qwen" or "QWenLMHeadModel" in (config.get("architectures") or [])
-
-
 def read_config(folder: str | Path) -> Qwen1Config:
     """Raises ModelError naming the key that is missing or that no checkpoint of this family has."""
     file = Path(folder) / "config.json"
@@ -82,7 +69,7 @@ def read_config(folder: str | Path) -> Qwen1Config:
         raise ModelError(f"not readable: {e}", file=file) from None
     if not is_qwen1(raw):
         raise ModelError(f"model type {raw.get('model_type')!r} is not Qwen v1 (qwen)", file=file, field="model_type")
-    raw = {_EARLY.get(k, k): v for k, v in raw.items()}
+    raw = {QWEN1_EARLY_KEYS.get(k, k): v for k, v in raw.items()}
     for key, only in _ONLY.items():
         if raw.get(key, only) != only:
             raise ModelError(f"{raw[key]!r} is not built; every Qwen v1 has {only!r}", file=file, field=key)
