@@ -1,0 +1,109 @@
+"""From a source to a folder: every row accounted for, nothing leaked, a page that says so."""
+
+import json
+
+import pytest
+
+from lora_cmqa.data.clean import RULES
+from lora_cmqa.data.prepare import load_split, prepare
+from lora_cmqa.data.sources import read_messages, write_messages
+from lora_cmqa.errors import DataError, ResourceError
+
+from .conftest import cmqa, row
+
+
+def test_mini_names_every_full_stop_between_digits(mini_report):
+    stops = mini_report[0]["digit_stops"]
+    assert (stops["questions"]["rows"], stops["questions"]["points"]) == (178, 360)
+    assert (stops["answers"]["rows"], stops["answers"]["points"]) == (77, 165)
+    assert 0 < stops["questions"]["kept"] < 60
+    assert 0 < stops["answers"]["kept"] < 30
+
+
+def test_mini_every_row_is_accounted_for(mini_report):
+    report, out = mini_report
+    assert report["read"] == 5000 == report["kept"] + report["rejected"]
+    assert sum(1 for _ in (out / "rejects.jsonl").open(encoding="utf-8")) == report["rejected"]
+    assert sum(len(load_split(out, s)) for s in ("train", "dev", "test")) == report["kept"]
+
+
+def test_prepare_changes_nothing_in_its_own_output(mini_report, tmp_path):
+    _, out = mini_report
+    again = prepare(out, tmp_path / "again")
+    assert (again["repaired"], again["rejected"]) == (0, 0)
+    for s in ("train", "dev", "test"):
+        assert (out / f"{s}.jsonl").read_bytes() == (tmp_path / "again" / f"{s}.jsonl").read_bytes()
+
+
+def test_cepilepsyqa_leaks_and_hotlines(cepilepsyqa, tmp_path):
+    report = prepare(cepilepsyqa, tmp_path / "raw", no_clean=RULES)
+    found = report["leaks"]["test_train"]
+    assert 52 <= found["questions"] <= 62
+    assert 67 <= found["answers"] <= 77
+    cleaned = prepare(cepilepsyqa, tmp_path / "cleaned", drop_leaks=True)
+    assert cleaned["reasons"]["advert"] >= 67
+    assert "400-045-6799" not in (tmp_path / "cleaned" / "train.jsonl").read_text(encoding="utf-8")
+    assert cleaned["leaks"]["test_train"]["questions"] == cleaned["leaks"]["test_train"]["answers"] == 0
+
+
+def test_case_41_every_row_can_be_traced_and_every_byte_is_hashed(tmp_path):
+    rows = [row(f"问题{i}：{'甲乙丙丁戊'[i % 5] * 3}怎么办{i * 7919}", id=f"r{i}") for i in range(20)]
+    write_messages(tmp_path / "in.jsonl", rows)
+    prepare(tmp_path / "in.jsonl", tmp_path / "a", dev=0, test=0)
+    card = json.loads((tmp_path / "a" / "data_card.json").read_text(encoding="utf-8"))
+    assert {e.id for e in read_messages(tmp_path / "a" / "train.jsonl")} <= {e.id for e in rows}
+    write_messages(tmp_path / "in.jsonl", [*rows[:-1], row("问题被人改了", id="r19")])
+    prepare(tmp_path / "in.jsonl", tmp_path / "b", dev=0, test=0)
+    other = json.loads((tmp_path / "b" / "data_card.json").read_text(encoding="utf-8"))
+    assert card["inputs"] != other["inputs"]
+    assert card["outputs"]["train.jsonl"] != other["outputs"]["train.jsonl"]
+
+
+def test_spun_text_is_refused_unless_allowed(tmp_path):
+    rows = [row(f"通风机{90 + i}，高压{140 + i}怎么办", id=str(i)) for i in range(4)]
+    write_messages(tmp_path / "in.jsonl", rows)
+    with pytest.raises(DataError, match="allow-spun"):
+        prepare(tmp_path / "in.jsonl", tmp_path / "out", dev=0, test=0)
+    assert prepare(tmp_path / "in.jsonl", tmp_path / "out", dev=0, test=0, allow_spun=True)["spun"]
+
+
+def test_leaks_against_a_benchmark(tmp_path):
+    write_messages(
+        tmp_path / "in.jsonl", [row(id="1"), row("手脚冰凉是什么原因造成的", "注意保暖，适当运动。", id="2")]
+    )
+    write_messages(tmp_path / "bench.jsonl", [row("孩子发烧怎么办", "另一个完全不同的回答在这里。", id="b")])
+    report = prepare(tmp_path / "in.jsonl", tmp_path / "o", dev=0, test=0, against=[tmp_path / "bench.jsonl"])
+    assert report["against"]["train_bench.jsonl"]["questions"] == 1
+    dropped = prepare(
+        tmp_path / "in.jsonl", tmp_path / "o", dev=0, test=0, against=[tmp_path / "bench.jsonl"], drop_leaks=True
+    )
+    assert dropped["reasons"] == {"leak": 1}
+
+
+def test_an_orphan_answer_is_named_with_its_line(tmp_path):
+    folder = cmqa(tmp_path / "d", answers="ans_id,question_id,content\n9,1,建议休息观察。\n10,7,没有问题的回答。\n")
+    with pytest.raises(DataError, match=r"question_id 7 is not in questions.csv \(1 rows like this, of 2\)") as e:
+        prepare(folder, tmp_path / "o")
+    assert (e.value.row, "--on-orphan drop" in e.value.hint) == (3, True)
+    report = prepare(folder, tmp_path / "o", on_orphan="drop", dev=0, test=0)
+    assert (report["read"], report["kept"], report["reasons"]) == (2, 1, {"orphan": 1})
+
+
+def test_an_unwritable_folder_is_a_resource_error(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ResourceError):
+        prepare(cmqa(tmp_path / "d"), tmp_path / "file", dev=0, test=0)
+
+
+def test_a_header_narrower_than_its_rows_is_named_with_the_command(tmp_path):
+    folder = cmqa(tmp_path / "d")
+    (folder / "dev_candidates.txt").write_text("question_id,ans_id,label\n1,9,0,1\n")
+    with pytest.raises(DataError, match="under a header of 3 names") as e:
+        prepare(folder, tmp_path / "o")
+    assert "sed -i" in e.value.hint
+
+
+def test_the_page_needs_no_network(mini_report):
+    page = (mini_report[1] / "report.html").read_text(encoding="utf-8")
+    assert '"showSendToCloud": false' in page or '"showSendToCloud":false' in page
+    assert "<script src=" not in page
