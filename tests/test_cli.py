@@ -49,6 +49,8 @@ def test_starts_without_torch_in_under_a_second(code):
         (["merge"], 2, "RUN is missing"),
         (["--lang", "fr", "train"], 2, "--lang en"),
         (["adapter", "imprt"], 2, "adapter import"),
+        (["adapter", "import", "OLD", "--out", "NEW"], 2, "--model is missing"),
+        (["adapter", "rebase", "OLD", "--base", "B", "--out", "NEW"], 2, "unknown setting --base"),
         (["compare", "somewhere"], 2, "no question"),
     ],
 )

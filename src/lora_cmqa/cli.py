@@ -113,7 +113,7 @@ class ConvertArgs:
 class AdapterImportArgs:
     old: str = ""
     """Adapter folder of the Qwen v1 / peft 0.6 time."""
-    base: str = ""
+    model: str = ""
     """The base it was trained on: a Qwen v1 folder or its converted form."""
     out: str = ""
     without_missing: bool = False
@@ -123,7 +123,7 @@ class AdapterImportArgs:
 @dataclass(frozen=True)
 class AdapterRebaseArgs:
     adapter: str = ""
-    base: str = ""
+    model: str = ""
     """The same base in its new place, e.g. the folder `cmqa convert` wrote."""
     out: str = ""
 
@@ -235,14 +235,14 @@ def run_convert(args: ConvertArgs) -> Result:
 def run_adapter_import(args: AdapterImportArgs) -> Result:
     from .lora.adapter_import import import_adapter
 
-    old, base, out = _needed("OLD", args.old), _needed("--base", args.base), _needed("--out", args.out)
-    return import_adapter(old, base, out, without_missing=args.without_missing)
+    old, model, out = _needed("OLD", args.old), _needed("--model", args.model), _needed("--out", args.out)
+    return import_adapter(old, model, out, without_missing=args.without_missing)
 
 
 def run_adapter_rebase(args: AdapterRebaseArgs) -> Result:
     from .lora.adapter_import import rebase
 
-    return rebase(_needed("ADAPTER", args.adapter), _needed("--base", args.base), _needed("--out", args.out))
+    return rebase(_needed("ADAPTER", args.adapter), _needed("--model", args.model), _needed("--out", args.out))
 
 
 def _needed(name: str, value: str | None) -> str:
@@ -309,14 +309,14 @@ VERBS: dict[str, Verb] = {
         run_adapter_import,
         print_json,
         ("old",),
-        "cmqa adapter import OLD --base BASE --out NEW",
+        "cmqa adapter import OLD --model BASE --out NEW",
     ),
     "adapter rebase": Verb(
         AdapterRebaseArgs,
         run_adapter_rebase,
         print_json,
         ("adapter",),
-        "cmqa adapter rebase RUN --base BASE --out NEW",
+        "cmqa adapter rebase RUN --model BASE --out NEW",
     ),
 }
 

@@ -151,7 +151,7 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
         raise AdapterError(
             f"{type(model).__name__} has no module {absent[0]!r}: this adapter belongs to another kind of model",
             file=place / CONFIG,
-            hint="An adapter of Qwen v1's time: `cmqa adapter import OLD --base BASE --out NEW`.",
+            hint="An adapter of Qwen v1's time: `cmqa adapter import OLD --model BASE --out NEW`.",
         )
     lora = LoraConfig(
         r=config["r"],
@@ -230,7 +230,7 @@ def refuse_code(folder: Path) -> None:
                 f"{found[0]}{more} is {what}; an adapter folder holds none",
                 file=folder,
                 hint=f"Copy {CONFIG} and {WEIGHTS} into a folder of their own. "
-                "An adapter of Qwen v1's time: `cmqa adapter import OLD --base BASE --out NEW`.",
+                "An adapter of Qwen v1's time: `cmqa adapter import OLD --model BASE --out NEW`.",
             )
 
 
