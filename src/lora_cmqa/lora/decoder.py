@@ -42,22 +42,30 @@ def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
 
 def pack_losses(model: Any, pack: Pack, *, chunk: int = CHUNK) -> torch.Tensor:
     """-log p of each supervised token, [supervised], float32 (float64 for a float64 model), in nats; differentiable."""
+    return head_losses(model, hidden_states(model, pack), torch.from_numpy(pack.targets), chunk=chunk)
+
+
+def head_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor, *, chunk: int = CHUNK) -> torch.Tensor:
+    """-log p of `targets` [rows] after the hidden states [rows, width], as `pack_losses` gives them."""
     causal = causal_lm(model)
-    hidden = hidden_states(model, pack)
-    head = causal.get_output_embeddings()
-    weight = getattr(head, "weight", None)
-    if weight is None or type(head) is not torch.nn.Linear:
-        weight = _trained_head(head)
-    if getattr(head, "bias", None) is not None:
-        raise ModelError(f"the head of {type(causal).__name__} has a bias, which no supported family has")
     return linear_cross_entropy(
         hidden,
-        weight,
-        torch.from_numpy(pack.targets).long().to(hidden.device),
+        _head_weight(causal),
+        targets.long().to(hidden.device),
         chunk=chunk,
         softcap=getattr(causal.config, "final_logit_softcapping", None),
         scale=getattr(causal.config, "logit_scale", None) or 1.0,
     )
+
+
+@torch.no_grad()
+def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Logits [rows, vocabulary] of hidden states [rows, width], float32 (float64 for a float64 model)."""
+    causal = causal_lm(model)
+    logits = torch.mm(hidden, _head_weight(causal).t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits *= getattr(causal.config, "logit_scale", None) or 1.0
+    softcap = getattr(causal.config, "final_logit_softcapping", None)
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
 @torch.no_grad()
@@ -76,6 +84,13 @@ def checkpoint_activations(model: Any) -> None:
 def causal_lm(model: Any) -> Any:
     """The transformers class inside a PeftModel, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _head_weight(causal: Any) -> torch.Tensor:
+    head = causal.get_output_embeddings()
+    if getattr(head, "bias", None) is not None:
+        raise ModelError(f"the head of {type(causal).__name__} has a bias, which no supported family has")
+    return head.weight if type(head) is torch.nn.Linear else _trained_head(head)
 
 
 def _trained_head(head: Any) -> torch.Tensor:
