@@ -112,6 +112,9 @@ class TrainConfig:
     """Trackers: tensorboard."""
     resume: Literal["auto", "anyway"] = "auto"
     """anyway: go on with a run that was started on other versions or another processor, and note it."""
+    memory_limit: str | None = None
+    """"8GiB": memory above it is an error that the run answers (smaller micro-batches) instead of the process's end.
+    On a GPU of torch's allocator; else of the process's data."""
     max_bad_steps: int = 10
     """A step whose loss or gradient is not finite is not applied; more than this many in a row end the run."""
 
@@ -364,6 +367,18 @@ def _last_of_each(words: list[str]) -> list[str]:
 
 
 # ---- values ------------------------------------------------------------------------------------------------------
+
+_UNITS = {"": 1, "b": 1, **{f"{p}ib": 2 ** (10 * i) for i, p in enumerate("kmgt", 1)}}
+_UNITS |= {f"{p}b": 1000**i for i, p in enumerate("kmgt", 1)} | {p: 2 ** (10 * i) for i, p in enumerate("kmgt", 1)}
+
+
+def bytes_of(text: str, setting: str) -> int:
+    """ "24GiB" and "24G" are 24 * 2**30, "24GB" is 24 * 10**9, a bare number counts bytes. Raises ConfigError."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", text)
+    if found is None or found[2].lower() not in _UNITS or not float(found[1]):
+        raise ConfigError(f"--{setting} is {text!r}; an amount of memory is expected", hint="24GiB, 512MiB or 24GB.")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
 
 _RANGES: dict[str, tuple[float, float]] = {
     "data.model_max_length": (8, math.inf),

@@ -88,6 +88,11 @@ class BatchStream:
             self._step += 1
             yield batch, self.state
 
+    def recut(self, max_tokens: int) -> Batch:
+        """The batch given out last once more, and all later ones, in packs of at most `max_tokens`: the same rows."""
+        self.max_tokens = max_tokens
+        return self._batch(self._step - 1)
+
     def _batch(self, index: int) -> Batch:
         epoch, place = divmod(index, self.steps_per_epoch)
         order = self._order_of(epoch)

@@ -47,6 +47,8 @@ TEXT: dict[str, str] = {
     "train.passed_over": "Passed over a checkpoint: {reason}",
     "train.already_done": "{run} is complete already; nothing was changed.",
     "train.bad_batch": "step {step}: loss or gradient is not finite; nothing was changed, the rows are in {file}.",
+    "train.recut": "step {step}: out of memory; its rows and all later ones are cut into "
+    "micro-batches of at most {max_tokens} tokens. No gradient changes.",
     "train.done": "{steps} steps in {minutes} min. Adapter: {which}.",
     "train.which_best": "step {step}, best dev loss {dev_loss}",
     "train.which_last": "the last step (no dev set)",

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..config import Config, as_flat_dict
+from ..config import Config, as_flat_dict, bytes_of
 from ..core import Batch, Example, Pack, StepMetrics, TokenizedExample
 from ..data.pack import pack
 from ..data.prepare import load_split
@@ -40,6 +40,7 @@ from ..messages import say
 from ..models.load import base_name, load_model, pick_device, pick_dtype
 from .checkpoint import BEST, load_checkpoint, newest_whole, save_checkpoint, seed_all
 from .commit import check_space, disk_errors, remove_leftovers, write_file
+from .memory import memory_limit
 from .model_card import model_card
 from .optim import Schedule, adamw, warmup_steps_of
 from .run_folder import (
@@ -68,13 +69,14 @@ def train(config: Config) -> Path:
 
     A finished run of the same settings returns at once and no byte of it changes.
     Raises ConfigError, DataError, ModelError, RunError for bad input; ResourceError when the disk is full or
-    read-only; Interrupted after SIGINT or SIGTERM, with a checkpoint.
+    read-only or single rows do not fit the memory; Interrupted after SIGINT or SIGTERM, with a checkpoint.
     """
     if not config.train.output_dir:
         raise ConfigError("no --output-dir", hint="cmqa train --model M --data DIR --output-dir runs/NAME")
     if not config.data.path:
         raise ConfigError("no --data", hint="cmqa prepare SRC --out DIR, then --data DIR")
     check_trackers(config.train.report_to)
+    limit = bytes_of(config.train.memory_limit, "memory-limit") if config.train.memory_limit else None
     folder = Path(config.train.output_dir)
     started_before = check_same_config(folder, config)
     if started_before and is_finished(folder):
@@ -83,7 +85,11 @@ def train(config: Config) -> Path:
     open_run_folder(folder)
     threads = torch.get_num_threads()
     try:
-        with RunLock(folder), disk_errors(f"the run in {folder} cannot be written", HINT):
+        with (
+            RunLock(folder),
+            disk_errors(f"the run in {folder} cannot be written", HINT),
+            memory_limit(limit, pick_device(config.model.device)),
+        ):
             _start(config, folder).go()
     finally:
         torch.set_num_threads(threads)
@@ -98,17 +104,26 @@ def train_steps(
     *,
     max_grad_norm: float = 1.0,
     on_bad_step: Callable[[Batch, StepResult], None] | None = None,
+    on_recut: Callable[[int, int], None] | None = None,
 ) -> Iterator[StepMetrics]:
     """Train what requires a gradient in `model` on the batches of `stream`; yields after each optimizer step.
 
     Between two steps the caller may evaluate, save (`stream.state` is the place) or stop.
     A step whose loss or gradient is not finite changes nothing; `on_bad_step` hears of it before it is yielded.
+    When the memory runs out, `stream.max_tokens` is lowered for good and the step goes on; `on_recut(step, max_tokens)`
+    hears of it. Raises ResourceError when single rows do not fit.
     """
     device = next(model.parameters()).device
     for batch, _ in stream:
         started = time.perf_counter()
         rate = schedule.learning_rate_at(batch.step)
-        result = train_step(model, batch, optimizer, learning_rate=rate, max_grad_norm=max_grad_norm)
+
+        def recut(max_tokens: int, step: int = batch.step) -> Batch:
+            if on_recut is not None:
+                on_recut(step, max_tokens)
+            return stream.recut(max_tokens)
+
+        result = train_step(model, batch, optimizer, learning_rate=rate, max_grad_norm=max_grad_norm, recut=recut)
         if not result.is_finite and on_bad_step is not None:
             on_bad_step(batch, result)
         yield StepMetrics(
@@ -197,6 +212,7 @@ class _Run:
             self.schedule,
             max_grad_norm=t.max_grad_norm,
             on_bad_step=self._bad_step,
+            on_recut=lambda step, cut: self.progress.print(say("train.recut", step=step, max_tokens=cut)),
         ):
             self.step, self.epoch = m.step, m.epoch
             self.tokens += m.tokens
@@ -301,6 +317,7 @@ class _Run:
             "evaluated_step": self.evaluated_step,
             "bad_steps_in_a_row": self.bad_in_a_row,
             "tokens": self.tokens,
+            "max_tokens": self.stream.max_tokens,  # smaller than the setting once the memory ran out
         }
 
     def _resume(self) -> int:
@@ -318,6 +335,7 @@ class _Run:
         self.best_step, self.evaluated_step = s["best_global_step"], s["evaluated_step"]
         self.best_loss = s["best_metric"] if self.best_step else math.inf
         self.bad_in_a_row = s["bad_steps_in_a_row"]
+        self.stream.max_tokens = s["max_tokens"]
         if self.best_step:  # a later best may have been written before the run was killed
             best = (found / (WEIGHTS if self.best_step == self.step else BEST)).read_bytes()
             write_adapter(self.folder, self._adapter_files() | {WEIGHTS: best})

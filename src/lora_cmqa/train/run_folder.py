@@ -35,7 +35,10 @@ from .commit import write_file
 SETTINGS, ENVIRONMENT, METRICS, LOCK, CARD = "config.yaml", "environment.json", "metrics.jsonl", "run.lock", "README.md"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 # Settings that change nothing of what is computed: a resume may change them.
-_FREE = {"train.output_dir", "train.resume", "train.logging_steps", "train.report_to", "train.save_total_limit"}
+_FREE = {
+    *("train.output_dir", "train.resume", "train.logging_steps", "train.report_to", "train.save_total_limit"),
+    "train.memory_limit",  # it may cut micro-batches, which changes no gradient
+}
 _COMPARED = ("versions", "processor", "device", "dtype")
 
 

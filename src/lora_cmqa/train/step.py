@@ -2,20 +2,24 @@
 
     loss of the step = sum over the supervised tokens of all its packs / their number in the whole step
 
-The division is by the step's own count, so how the rows are cut into packs changes no gradient.
+The division is by the step's own count, so how the rows are cut into packs changes no gradient. Where the memory does
+not hold a pack, the same rows are cut smaller and the step's gradient starts again from zero.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from ..core import Batch
+from ..errors import ResourceError
 from ..lora.decoder import pack_losses
 from ..lora.inject import lora_parameters
+from .memory import is_out_of_memory
 from .optim import clip_by_global_norm
 
 
@@ -30,15 +34,23 @@ class StepResult:
 
 
 def train_step(
-    model: Any, batch: Batch, optimizer: torch.optim.Optimizer, *, learning_rate: float, max_grad_norm: float = 1.0
+    model: Any,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    *,
+    learning_rate: float,
+    max_grad_norm: float = 1.0,
+    recut: Callable[[int], Batch] | None = None,
 ) -> StepResult:
     """Update what is trained with the rows of `batch`.
 
     A result that is not finite was not applied: weights, moments and the optimizer's count are as before.
+    recut  `recut(max_tokens)` gives the rows of `batch` in packs of at most so many tokens; it is called when the
+           memory runs out. Raises ResourceError when single rows do not fit either, or where there is no `recut`.
     """
     model.train()
     optimizer.zero_grad()
-    total = backward(model, batch)
+    total = _backward_that_fits(model, batch, optimizer, recut)
     norm = clip_by_global_norm(lora_parameters(model), max_grad_norm)
     result = StepResult(loss=float(total) / batch.step_supervised_tokens, grad_norm=float(norm))
     if result.is_finite:
@@ -47,6 +59,31 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad()  # gradients are not held through an evaluation or a save
     return result
+
+
+def _backward_that_fits(
+    model: Any, batch: Batch, optimizer: torch.optim.Optimizer, recut: Callable[[int], Batch] | None
+) -> torch.Tensor:
+    while True:
+        try:
+            return backward(model, batch)
+        except Exception as e:
+            if not is_out_of_memory(e):
+                raise
+            reason = str(e).strip().splitlines()[0][:200]
+        # Past the handler: the exception's frames held the tensors of the failed pack.
+        optimizer.zero_grad()  # a backward that broke off has added to some of them
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        shared = [p.tokens for p in batch.packs if len(p.row_lengths) > 1]
+        if recut is None or not shared:
+            longest = max(p.tokens for p in batch.packs)
+            raise ResourceError(
+                f"the memory does not hold a micro-batch of {longest} tokens, which cannot be cut smaller ({reason})",
+                hint="--gradient-checkpointing, a smaller --model-max-length or --lora.r; `cmqa plan` names every GiB. "
+                "The same command resumes.",
+            )
+        batch = recut(max(shared) // 2)
 
 
 def backward(model: Any, batch: Batch) -> torch.Tensor:
