@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from .config import Config, EvaluateConfig, parse
 from .errors import CmqaError, ConfigError, ResourceError
-from .messages import language, say, set_language
+from .messages import language, say, set_language, zh_settings
 
 Result = dict[str, Any]
 
@@ -400,6 +400,7 @@ def _dispatch(words: list[str], as_json: bool) -> int:
         positionals=verb.positionals,
         prog=f"cmqa {name}",
         description=f"{_about(name)}  {verb.usage}",
+        explained=zh_settings.settings_of(name) if language() == "zh" else None,
     )
     _quiet_libraries()
     if as_json:  # stdout is for the one object: whatever is said on the way goes to stderr

@@ -20,7 +20,7 @@ import json
 import math
 import re
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -333,12 +333,17 @@ def parse(
     positionals: Sequence[str] = (),
     prog: str | None = None,
     description: str | None = None,
+    explained: Mapping[str, str] | None = None,
 ) -> Tree:
-    """Defaults < YAML < flags -> one frozen tree. Raises ConfigError; SystemExit(0) after printing --help."""
+    """Defaults < YAML < flags -> one frozen tree. Raises ConfigError; SystemExit(0) after printing --help.
+
+    `explained` gives --help another text for a setting, by full name: the tree's own are in English.
+    """
     import tyro
 
     if any(word in ("-h", "--help") for word in argv):
-        return tyro.cli(tree, prog=prog, description=description, args=["--help"])
+        shown = _explained(tree, explained) if explained else tree
+        return tyro.cli(shown, prog=prog, description=description, args=["--help"])
     words = _yaml_words(tree, Path(yaml_file)) if yaml_file is not None else []
     words += rewrite_argv(tree, argv, positionals)
     said = io.StringIO()
@@ -351,6 +356,23 @@ def parse(
         raise ConfigError(reason, hint="See --help for names and types.") from None
     check_ranges(result)
     return result
+
+
+def _explained(tree: type, texts: Mapping[str, str], prefix: str = "") -> type:
+    """`tree` with other texts beside its settings, to be printed only."""
+    import tyro
+
+    fields: list[tuple[str, Any, Any]] = []
+    hints = typing.get_type_hints(tree)
+    for f in dataclasses.fields(tree):
+        kind, name = hints[f.name], prefix + f.name
+        if dataclasses.is_dataclass(kind):
+            room = _explained(typing.cast(type, kind), texts, f"{name}.")
+            fields.append((f.name, room, field(default_factory=room)))
+        else:
+            said = typing.Annotated[kind, tyro.conf.arg(help=texts.get(name, ""))]
+            fields.append((f.name, said, field(default=f.default)))
+    return dataclasses.make_dataclass(tree.__name__, fields, frozen=True)
 
 
 def _last_of_each(words: list[str]) -> list[str]:

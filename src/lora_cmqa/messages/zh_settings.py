@@ -1,0 +1,113 @@
+"""各项设置的中文说明；英文说明写在设置自己的旁边（config.py、cli.py）。
+
+键是设置的全名；同名而含义不同的，前面加上命令："eval data"。
+"""
+
+SETTINGS: dict[str, str] = {
+    # model
+    "model.name_or_path": "模型名、本地文件夹、embedded（demo 附带的 Gemma 3 270M）或 tiny（内置的随机小模型）。",
+    "model.dtype": (
+        "冻结基座的精度；LoRA 权重总是 float32（基座为 float64 时也是 float64）。"
+        "auto：设备以 bfloat16 计算时用 bfloat16，否则 float32。"
+    ),
+    "model.device": "cpu、cuda、cuda:1；auto 在有显卡时用显卡。",
+    # data
+    "data.path": "cmqa prepare 生成的文件夹、messages 格式的 JSONL，或 conversations 格式的 JSON。",
+    "data.model_max_length": "一行最长多少词元；超长的行按 on_too_long 处理，绝不悄悄截断。",
+    "data.on_too_long": "drop：舍弃；shorten：在放得下的最后一个句末截短回答并补上结束符；error：报错。",
+    "data.system": "给没有系统提示的行加上的系统提示；不设则不加。",
+    "data.chat_template": "chatml、gemma 或 .jinja 文件；不设：Qwen 用 ChatML，其余用分词器自带的模板。",
+    "data.replay": "混入训练的通用问答（messages 格式的 JSONL），减轻遗忘。",
+    "data.dev_path": "另给的验证集文件或文件夹，代替 path 中的 dev。",
+    "data.dev_fraction": "单个文件没有划分 dev 时，取出这一比例作验证集。",
+    # lora
+    "lora.r": "A 与 B 的宽度；适配器大小随之增长。",
+    "lora.lora_alpha": "更新量乘以 lora_alpha / r。",
+    "lora.lora_dropout": "原脚本用 0.05；这里默认 0：每行只看几遍，且 0 能让各条快速路径保持精确。",
+    "lora.target_modules": "加 LoRA 的模块名；all-linear 为全部线性层（输出头除外）。",
+    "lora.modules_to_save": "整体参与训练的模块，如 wte lm_head；所需内存会先打印出来。",
+    "lora.use_rslora": "按 lora_alpha / sqrt(r) 缩放；保存时折算进 lora_alpha。",
+    # train
+    "train.output_dir": "训练文件夹；再次运行同一命令即可续训。",
+    "train.num_train_epochs": "训练几遍。",
+    "train.max_steps": "训练到这一步为止；-1 由遍数决定。",
+    "train.per_device_train_batch_size": "每个设备每次的行数。",
+    "train.gradient_accumulation_steps": "累积几次更新一步；一步的行数 = 两者相乘。",
+    "train.per_device_eval_batch_size": "为兼容原命令行而保留；评估按 max_tokens 打包。",
+    "train.max_tokens": "一个微批最多多少词元（更长的单行独占一批）；不改变梯度。",
+    "train.learning_rate": "学习率的峰值。",
+    "train.weight_decay": "AdamW 的权重衰减。",
+    "train.adam_beta1": "AdamW 一阶矩的衰减率。",
+    "train.adam_beta2": "AdamW 二阶矩的衰减率。",
+    "train.adam_epsilon": "AdamW 分母中的小量。",
+    "train.max_grad_norm": "按全局 L2 范数裁剪梯度；0 为不裁剪。",
+    "train.warmup_ratio": "学习率上升阶段占总步数的比例；与 HF 相同，第一步为 0。",
+    "train.warmup_steps": "上升阶段的步数；大于 0 时优先于 warmup_ratio。",
+    "train.lr_scheduler_type": "学习率的变化方式。",
+    "train.gradient_checkpointing": "反向时重算各层，省内存，费时间。",
+    "train.bf16": "原脚本的开关：基座用 bfloat16（等于 model.dtype bfloat16）。",
+    "train.logging_steps": "每隔多少步记入跟踪器。",
+    "train.eval_steps": "每隔多少步算一次验证损失；0 为每遍结束时。",
+    "train.save_steps": "每隔多少步存一个检查点；0 为每遍结束时。",
+    "train.save_total_limit": "保留几个检查点；0 为全部保留。",
+    "train.seed": "决定行的顺序与 LoRA 的初值。",
+    "train.report_to": "跟踪器：tensorboard。",
+    "train.resume": "anyway：在其他版本或处理器上继续原来的训练，并记录下来。",
+    "train.max_bad_steps": "损失或梯度不是有限数的一步不会生效；连续超过这么多步就结束训练。",
+    # evaluate
+    "evaluate.max_new_tokens": "每个回答最多生成多少词元。",
+    "evaluate.generate_rows": "由基座和适配器各答一遍的问题数；0 为不生成。",
+    "evaluate.loss_rows": "计算损失的行数；0 为整个划分。",
+    "evaluate.split": "在 dev 还是 test 上评估。",
+    "evaluate.bootstrap_samples": "自助法重抽样的次数。",
+    "evaluate.bootstrap_seed": "重抽样的随机种子。",
+    # demo
+    "demo model": "基座：内置模型、模型名或本地文件夹。",
+    "demo max_steps": "提前结束训练；-1 为完整演示。",
+    # prepare
+    "prepare source": "cMQA / cMedQA 文件夹或压缩包、CSV、JSONL、Alpaca、ShareGPT、conversations 格式的 JSON。",
+    "prepare out": "要写入的文件夹（--format conversations 时也可以是 .json 文件）。",
+    "prepare format": "conversations：另写一份原脚本用的 train.json。",
+    "prepare limit": "最多取多少训练行。",
+    "prepare seed": "划分的随机种子。",
+    "prepare on_orphan": "找不到问题的回答：报错，还是舍弃。",
+    "prepare no_clean": "要关闭的清洗规则；名称见 report.json。",
+    "prepare against": "要检查是否与之重复的文件（例如评测集）。",
+    "prepare drop_leaks": "舍弃与其他划分或 against 文件重复的训练行。",
+    "prepare allow_spun": "即使数据像是机器改写的，也继续。",
+    "prepare licence": "写入数据卡和模型卡的许可证。",
+    # eval, chat, compare, merge
+    "run": "训练文件夹，或任何 PEFT 适配器的文件夹。",
+    "base": "基座；默认为适配器所记的那个。",
+    "device": "cpu、cuda、cuda:1；auto 在有显卡时用显卡。",
+    "dtype": "计算精度；auto 由设备决定。",
+    "system": "系统提示；默认与训练时相同。",
+    "max_new_tokens": "每个回答最多生成多少词元。",
+    "temperature": "0 为贪心解码；越大越随机。",
+    "top_p": "只在累积概率达到 top_p 的最小集合中抽取。",
+    "top_k": "只在概率最高的 k 个词元中抽取；0 为不限。",
+    "repetition_penalty": "大于 1 时压低已出现过的词元。",
+    "seed": "抽样的随机种子。",
+    "eval data": "cmqa prepare 生成的文件夹或文件；默认为训练所用的数据。",
+    "eval name": "报告写入 RUN/eval/NAME；默认为划分的名字。",
+    "compare questions": "一个或多个问题，各加引号。",
+    "merge out": "要写入的文件夹。",
+    "merge dtype": "合并后权重的精度；auto 与基座相同。",
+    # convert, adapter
+    "convert source": "Qwen v1 检查点的文件夹。",
+    "convert out": "要写入的文件夹。",
+    "convert dtype": "转换后权重的精度；auto 与原来相同。",
+    "adapter import old": "Qwen v1 / peft 0.6 时代的适配器文件夹。",
+    "adapter import model": "训练它时所用的基座：Qwen v1 文件夹或其转换结果。",
+    "adapter import out": "要写入的文件夹。",
+    "adapter import without_missing": "声明了 modules_to_save 却缺少其权重时，仍然导入其余部分。",
+    "adapter rebase adapter": "适配器文件夹。",
+    "adapter rebase model": "同一基座的新位置，例如 cmqa convert 写出的文件夹。",
+    "adapter rebase out": "要写入的文件夹。",
+}
+
+
+def settings_of(verb: str) -> dict[str, str]:
+    """全名 -> 说明；带有本命令前缀的优先。"""
+    own = {k.removeprefix(verb + " "): v for k, v in SETTINGS.items() if k.startswith(verb + " ")}
+    return {k: v for k, v in SETTINGS.items() if " " not in k} | own
