@@ -23,7 +23,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from .errors import ConfigError
 
@@ -365,13 +365,14 @@ def _explained(tree: type, texts: Mapping[str, str], prefix: str = "") -> type:
     fields: list[tuple[str, Any, Any]] = []
     hints = typing.get_type_hints(tree)
     for f in dataclasses.fields(tree):
-        kind, name = hints[f.name], prefix + f.name
+        kind: Any = hints[f.name]
+        name = prefix + f.name
         if dataclasses.is_dataclass(kind):
             room = _explained(typing.cast(type, kind), texts, f"{name}.")
             fields.append((f.name, room, field(default_factory=room)))
         else:
-            said = typing.Annotated[kind, tyro.conf.arg(help=texts.get(name, ""))]
-            fields.append((f.name, said, field(default=f.default)))
+            said = tyro.conf.arg(help=texts.get(name, ""))
+            fields.append((f.name, Annotated[kind, said], field(default=f.default)))
     return dataclasses.make_dataclass(tree.__name__, fields, frozen=True)
 
 
