@@ -32,6 +32,12 @@ def cepilepsyqa() -> Path:
 
 
 @pytest.fixture(scope="session")
+def general_probe() -> Path:
+    """Chinese multiple choice in the CSV forms of C-Eval, CMMLU and CMExam (not part of the project)."""
+    return _shared_or_skip("data/general-probe")
+
+
+@pytest.fixture(scope="session")
 def qwen_v1() -> Path:
     """Reference data made by the original Qwen-v1 stack (not part of the project)."""
     return _shared_or_skip("fixtures/qwen-v1")
