@@ -49,6 +49,8 @@ class PrepareArgs:
     """An answer whose question is missing."""
     no_clean: tuple[str, ...] = ()
     """Cleaning rules to switch off; report.json names them."""
+    mask_names: bool = False
+    """Mask doctors' and patients' names after a surname pattern."""
     against: tuple[str, ...] = ()
     """Files (a benchmark, say) to look for leaks against."""
     drop_leaks: bool = False
@@ -148,6 +150,7 @@ def run_prepare(args: PrepareArgs) -> Result:
         limit=args.limit,
         on_orphan=args.on_orphan,
         no_clean=args.no_clean,
+        mask_names=args.mask_names,
         against=args.against,
         drop_leaks=args.drop_leaks,
         allow_spun=args.allow_spun,

@@ -1,14 +1,11 @@
 """Repairs, rejections and masks: what each rule does, and that no row vanishes."""
 
-import random
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_cmqa.data.clean import RULES, clean, decimal_point, doubled_text, private_data
-from lora_cmqa.data.prepare import prepare
-from lora_cmqa.data.sources import write_messages
+from lora_cmqa.data.clean import RULES, clean, decimal_point, doubled_text
+from lora_cmqa.data.personal import KINDS
 from lora_cmqa.errors import ConfigError
 
 from .conftest import row
@@ -36,12 +33,23 @@ def test_decimal_point(before, after):
     ("rule", "before", "after"),
     [
         ("html_entities", "白细胞20&amp;times;10", "白细胞20×10"),
+        ("html_entities", "白细胞20&amp。times。109/L", "白细胞20×109/L"),
+        ("html_entities", "血小板&amp。amp。lt。100时停药", "血小板<100时停药"),
+        ("html_entities", "问：a&b。第二句话", "问：a&b。第二句话"),
+        ("html_tags", "多喝水<br/>少<b>吃辣</b>", "多喝水少吃辣"),
+        ("residue", "这个病怎么治？{[OnlyCharacteristic。No。1#120ask。com]ContentFlag}", "这个病怎么治？"),
         ("residue", '这个病怎么治？im=newImage。im。src="http://stat-z。xywy。com/c。png？s=3"。', "这个病怎么治？"),
         ("full_width", "０.５ｇ，10²和①", "0.5g，10²和①"),
         ("cut_start", "的话应该考虑是痔疮", "应该考虑是痔疮"),
         ("cut_start", "，我担心是手足口病", "我担心是手足口病"),
         ("cut_start", "了解一下这个病", "了解一下这个病"),
-        ("begging", "多休息。希望对你有帮助，望采纳！", "多休息。希望对你有帮助，"),
+        ("cut_end", "多由于下肢静脉、", "多由于下肢静脉"),
+        ("cut_end", "建议多休息，但是", "建议多休息"),
+        ("cut_end", "希望对你有帮助。，", "希望对你有帮助。"),
+        ("cut_end", "及时治疗发热原因才是（", "及时治疗发热原因才是"),
+        ("cut_end", "注意休息和保暖", "注意休息和保暖"),
+        ("cut_end", "应查明原因", "应查明原因"),
+        ("begging", "多休息。希望对你有帮助，望采纳！", "多休息。希望对你有帮助"),
     ],
 )
 def test_a_repair_and_its_switch(rule, before, after):
@@ -75,44 +83,63 @@ def test_read_is_kept_and_rejected_on_any_rows(pairs):
     assert {e.id for e in kept} | {e.id for e, _ in report.rejects} == {e.id for e in rows}
 
 
-def planted(rng: random.Random) -> tuple[str, str]:
-    """A sentence with one piece of personal data, and that piece."""
-    d = lambda n: "".join(rng.choice("0123456789") for _ in range(n))  # noqa: E731
-    head = f"1{rng.choice('3456789')}{d(1)}"
-    secret = rng.choice(
-        [
-            f"{head}{d(8)}",
-            f"{head} {d(4)} {d(4)}",
-            f"{head}-{d(4)}-{d(4)}",
-            f"+86 {head}{d(8)}",
-            f"0{rng.randint(10, 29)}-{rng.randint(2, 8)}{d(7)}",
-            f"QQ：{rng.randint(1, 9)}{d(rng.randint(5, 9))}",
-            f"扣扣{rng.randint(1, 9)}{d(8)}",
-            f"微信号：{rng.choice('abcxyz')}{rng.choice('kmn')}_{d(6)}",
-            f"VX:{rng.choice('abcxyz')}yao{d(5)}",
-            f"{rng.randint(11, 65)}{d(4)}{rng.randint(1950, 2015)}0{rng.randint(1, 9)}1{rng.randint(0, 9)}{d(3)}X",
-            f"dr.{rng.choice('abc')}{d(4)}@example.com",
-            f"http://www.example.com/{d(5)}",
-        ]
-    )
-    return f"孩子{rng.randint(2, 9)}岁，联系我{secret}，谢谢医生。", secret
+SECRETS = {
+    "phone": "13812345678",
+    "hotline": "400-045-6799",
+    "qq": "QQ：12345678",
+    "wechat": "微信号：abc_12345",
+    "id_card": "110101199003071234",
+    "email": "li.lei@example.com",
+    "url": "http://www.example.com/a?b=1",
+}
 
 
-def test_case_42_personal_data_is_masked_before_training(tmp_path):
-    rng = random.Random(42)
-    found = 0
-    for _ in range(2000):
-        text, secret = planted(rng)
-        core = max((p for p in secret.replace("：", ":").split(":")), key=len)
-        found += core not in private_data(text)
-    assert found / 2000 >= 0.99
-    sentences = [planted(rng) for _ in range(50)]
-    write_messages(tmp_path / "in.jsonl", [row(question=f"{i}号 {t}", id=str(i)) for i, (t, _) in enumerate(sentences)])
-    prepare(tmp_path / "in.jsonl", tmp_path / "out", dev=0, test=0)
-    written = (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8")
-    assert not [s for _, s in sentences if s in written]
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_personal_data_is_a_rule_of_its_own(kind):
+    asked = row(question=f"孩子发烧，{SECRETS[kind]}，怎么办")
+    kept, report = clean([asked])
+    assert SECRETS[kind] not in kept[0].question
+    assert KINDS[kind].word in kept[0].question
+    assert {k for k in KINDS if report.rules[k].rows} == {kind}
+    (sample,) = report.rules[kind].samples
+    assert SECRETS[kind] not in sample["before"]
+    assert "**" in sample["before"]
+    assert clean([asked], off=[kind])[0][0].question == asked.question
 
 
-def test_case_42_numbers_of_medicine_stay():
-    for text in ("血压140/90，血糖7.8mmol/L", "HCG 145554.00", "一次400mg，每日3次", "2015-03-13检查", "每年4000人"):
-        assert private_data(text) == text
+def test_names_go_only_when_asked():
+    asked = row(question="谢谢王小明医生，孩子发烧怎么办")
+    assert clean([asked])[0] == [asked]
+    kept, report = clean([asked], mask_names=True)
+    assert kept[0].question == "谢谢[姓名]医生，孩子发烧怎么办"
+    assert report.rules["names"].rows == 1
+    assert "王小明" not in str(report.as_dict())
+
+
+def test_a_rejected_row_is_kept_without_its_personal_data():
+    _, report = clean([row(answer="请拨打咨询电话400-045-6799，手机13812345678")])
+    ((rejected, reason),) = report.rejects
+    assert reason == "advert"
+    assert rejected.answer == "请拨打咨询电话[热线]，手机[电话]"
+
+
+def test_an_advert_is_seen_although_masking_is_off():
+    kept, report = clean([row(answer="请拨打咨询电话400-045-6799")], off=tuple(KINDS))
+    assert (kept, report.rejects[0][1]) == ([], "advert")
+
+
+@pytest.mark.parametrize(
+    "text", ["我不想活了，怎么办", "药吃了一瓶农药", "他割腕了", "反复有轻生的念头", "I want to kill myself"]
+)
+def test_self_harm_is_flagged_and_stays(text):
+    asked = row(question=text)
+    kept, report = clean([asked, row(id="2")])
+    assert kept == [asked, row(id="2")]
+    assert report.flags == {"self_harm": ["1"]}
+    assert report.rules["self_harm"].rows == 1
+    assert clean([asked], off=["self_harm"])[1].flags == {}
+
+
+@pytest.mark.parametrize("text", ["发作时双眼上吊", "两眼上吊，口吐白沫", "这药自己停了可以吗", "想知道原因"])
+def test_words_that_only_sound_like_self_harm_are_none(text):
+    assert clean([row(question=text)])[1].flags == {"self_harm": []}

@@ -1,15 +1,17 @@
 """From a source to a folder: every row accounted for, nothing leaked, a page that says so."""
 
 import json
+import random
 
 import pytest
 
 from lora_cmqa.data.clean import RULES
+from lora_cmqa.data.personal import find_personal_data
 from lora_cmqa.data.prepare import load_split, prepare
 from lora_cmqa.data.sources import read_messages, write_messages
 from lora_cmqa.errors import DataError, ResourceError
 
-from .conftest import cmqa, row
+from .conftest import cmqa, planted, row
 
 
 def test_mini_names_every_full_stop_between_digits(mini_report):
@@ -57,6 +59,35 @@ def test_case_41_every_row_can_be_traced_and_every_byte_is_hashed(tmp_path):
     other = json.loads((tmp_path / "b" / "data_card.json").read_text(encoding="utf-8"))
     assert card["inputs"] != other["inputs"]
     assert card["outputs"]["train.jsonl"] != other["outputs"]["train.jsonl"]
+
+
+def test_case_42_personal_data_is_masked_before_training(tmp_path):
+    rng = random.Random(42)
+    canaries = [(f"{text}，第{i}行", secret) for i, (_, text, secret) in enumerate(planted(rng) for _ in range(80))]
+    rows = [row(f"孩子发烧 {text}", f"建议休息。{text}", id=str(i)) for i, (text, _) in enumerate(canaries)]
+    write_messages(tmp_path / "in.jsonl", rows)
+    report = prepare(tmp_path / "in.jsonl", tmp_path / "out")
+    assert report["rejected"] > 0  # a hotline in an answer is an advert
+    for file in sorted((tmp_path / "out").rglob("*.*")):
+        written = file.read_text(encoding="utf-8")
+        assert not [s for _, s in canaries if s in written], file.name
+        if file.suffix == ".jsonl":
+            assert not [m for r in map(json.loads, written.splitlines()) for m in finds(r)], file.name
+
+
+def test_flags_and_masked_names_are_in_the_report(tmp_path):
+    write_messages(tmp_path / "in.jsonl", [row("谢谢王小明医生，我不想活了", id="a"), row(id="b")])
+    report = prepare(tmp_path / "in.jsonl", tmp_path / "out", dev=0, test=0, mask_names=True)
+    assert report["flags"] == {"self_harm": ["a"]}
+    assert next(e.question for e in load_split(tmp_path / "out", "train")) == "谢谢[姓名]医生，我不想活了"
+
+
+def finds(value):
+    """Personal data in every string of a JSON row, as the evaluation scans what a model generated."""
+    if isinstance(value, str):
+        return find_personal_data(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return [f for v in inner for f in finds(v)]
 
 
 def test_spun_text_is_refused_unless_allowed(tmp_path):

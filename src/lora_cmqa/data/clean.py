@@ -2,7 +2,8 @@
 
     read = kept + rejected          a kept row may have been repaired; every rule has a name, a count and samples
 
-Repairs change text, rejections take a row out with a reason; each rule can be switched off by its name.
+Repairs change text, rejections take a row out with a reason, flags only name a row; each rule can be switched off by
+its name.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ import html
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from functools import partial
+from html.entities import html5
 from typing import Any
 
 from ..core import Example, Message
 from ..errors import ConfigError
+from . import personal
 
 PASSES = 8  # at most: what one rule leaves another may find, so the repairs run until nothing changes
 SAMPLES = 3  # kept per rule, before and after
+EXCERPT, CONTEXT = 120, 30  # characters of a sample, and those before the place that a rule changed
 
 # ---- repairs: text -> text ---------------------------------------------------------------------------------------
 
@@ -41,9 +47,18 @@ def decimal_point(text: str) -> str:
     return _DECIMAL.sub(lambda m: m.group() if m["keep"] else f"{m['whole']}.{m['part']}", text)
 
 
+_BROKEN_ENTITY = re.compile(r"&(#?\w{2,8})。")  # cMedQA2 turned ; into 。 here too: &amp。times。
+
+
 def html_entities(text: str) -> str:
-    """&nbsp; &amp;times; and their like, also written twice over."""
-    return html.unescape(html.unescape(text)) if "&" in text else text
+    """&nbsp; &amp;times; &amp。times。 and their like, however often they were escaped."""
+    while "&" in text:
+        before = text
+        text = _BROKEN_ENTITY.sub(lambda m: f"&{m[1]};" if f"{m[1]};" in html5 or m[1][0] == "#" else m[0], text)
+        text = html.unescape(text)
+        if text == before:
+            break
+    return text
 
 
 _TAG = re.compile(r"</?(?:br|p|div|span|b|i|u|strong|em|font|a|img|ul|ol|li|table|tr|td|h[1-6])\b[^<>]{0,200}>", re.I)
@@ -74,14 +89,15 @@ def full_width(text: str) -> str:
 
 _RESIDUE = re.compile(
     r"(?:var\s+)?\w{1,12}\s*=\s*new\s*Image.*?(?:\"[^\"]*\"[。;]?|$)|（如没有点击无）"
-    r"|\[object Object\]|\{\{.*?\}\}|<!--.*?-->",
+    r"|\[object Object\]|\{\{.*?\}\}|\{\[[^{}]*\]\w*\}|<!--.*?-->",
     re.S,
 )
+_RESIDUE_SIGNS = ("Image", "（如没有", "[object", "{{", "{[", "<!--")
 
 
 def residue(text: str) -> str:
     """Pieces of scripts and form templates that were scraped along."""
-    return _RESIDUE.sub("", text)
+    return _RESIDUE.sub("", text) if any(sign in text for sign in _RESIDUE_SIGNS) else text
 
 
 _BEGGING = re.compile(
@@ -102,28 +118,15 @@ def cut_start(text: str) -> str:
     return _CUT_START.sub("", text)
 
 
-_PRIVATE: tuple[tuple[str, re.Pattern[str]], ...] = (
-    ("[邮箱]", re.compile(r"[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}")),
-    ("[网址]", re.compile(r"(?:https?://|www\.)[^\s，。；、！？]+", re.I)),
-    ("[证件号]", re.compile(r"(?<!\d)[1-9]\d{5}(?:19|20)\d{2}(?:0[1-9]|1[0-2])(?:[0-2]\d|3[01])\d{3}[\dXx](?!\d)")),
-    ("[电话]", re.compile(r"(?<!\d)(?:\+?86[- ]?)?1[3-9]\d[-—. ]?\d{4}[-—. ]?\d{4}(?!\d)")),
-    ("[热线]", re.compile(r"(?<![\d.])[48]00[-—－ ]?\d{3,4}[-—－ ]?\d{3,4}(?!\d)")),
-    ("[电话]", re.compile(r"(?<!\d)[(（]?0\d{2,3}[)）]?[-—－ ]?\d{7,8}(?!\d)")),
-    ("[QQ]", re.compile(r"(?:[Qq]{1,2}|扣扣|企鹅)(?:号码?|群)?\s*[:：是为加]?\s*[1-9]\d{4,11}(?!\d)")),
-    (
-        "[微信]",
-        re.compile(
-            r"(?:微信|薇信|威信|WeChat|wechat|weixin|VX|vx|Vx|wx|WX)(?:号码?)?\s*[:：是为加]?\s*(?:[A-Za-z][-A-Za-z0-9_]{5,19}|\d{6,})"
-        ),
-    ),
+_CUT_END = re.compile(
+    r"(?:[，、：；,;:（(【《“‘\s]"
+    r"|(?<=[，。！？；、])(?:但是?|可是|而且|并且|因为|由于|所以|如果|例如|比如|以及|或者|还有|另外|同时|及|和|或|与))+$"
 )
 
 
-def private_data(text: str) -> str:
-    """Telephone, ID card, e-mail, web address, QQ and WeChat numbers -> a word in brackets."""
-    for word, pattern in _PRIVATE:
-        text = pattern.sub(word, text)
-    return text
+def cut_end(text: str) -> str:
+    """A row cut off inside a sentence (…维生素、 …，但是) ends at its last whole clause; nothing else is taken."""
+    return _CUT_END.sub("", text)
 
 
 def doubled_text(text: str) -> str:
@@ -170,11 +173,26 @@ _ADVERT = re.compile(
 
 def advert(example: Example) -> bool:
     """An answer that sends the reader to a hotline, a chat account or a button on a page that is not here."""
-    return bool(_ADVERT.search(example.answer))
+    return bool(_ADVERT.search(personal.mask_all(example.answer)))
+
+
+# ---- flags: a row that a person should look at; it stays -----------------------------------------------------------
+
+_SELF_HARM = re.compile(
+    r"自杀|自残|自伤|自尽|自虐|轻生|寻短见|寻死|割腕|割脉|跳楼|跳河|(?<!眼)上吊|服毒|遗书|(?:喝|服|吃)了?(?:一瓶)?(?:农药|敌敌畏|百草枯|老鼠药)"
+    r"|(?:不想|不愿)(?:再)?活|不如死|想(?:要|去|到)?死|死了(?:算了|一了百了)|(?:结束|了结|放弃)(?:自己的?)?生命|活(?:着|下去)(?:没|毫无|有什么)"
+    r"|suicid|self.?harm|kill (?:myself|himself|herself)|end my life|want to die|cut(?:ting)? my wrists?",
+    re.I,
+)
+
+
+def self_harm(example: Example) -> bool:
+    """Suicide and self-harm, in question or answer."""
+    return any(_SELF_HARM.search(m.content) for m in example.messages)
 
 
 Repair = Callable[[str], str]
-Rejection = Callable[[Example], bool]
+Test = Callable[[Example], bool]
 
 # In the order they run: a later rule sees what an earlier one left.
 REPAIRS: dict[str, Repair] = {
@@ -187,16 +205,19 @@ REPAIRS: dict[str, Repair] = {
     "decimal_point": decimal_point,
     "begging": begging,
     "cut_start": cut_start,
-    "private_data": private_data,
+    "cut_end": cut_end,
+    **{kind: partial(personal.mask, kind=kind) for kind in (*personal.KINDS, "names")},
 }
-REJECTIONS: dict[str, Rejection] = {
+REJECTIONS: dict[str, Test] = {
     "empty": empty,
     "too_short": too_short,
     "mojibake": mojibake,
     "advert": advert,
 }
+FLAGS: dict[str, Test] = {"self_harm": self_harm}
 DUPLICATE = "duplicate"  # the same question and answer, word for word, a second time
-RULES: tuple[str, ...] = (*REPAIRS, *REJECTIONS, DUPLICATE)
+WHEN_ASKED = ("names",)
+RULES: tuple[str, ...] = (*REPAIRS, *REJECTIONS, DUPLICATE, *FLAGS)
 
 
 # ---- the account -------------------------------------------------------------------------------------------------
@@ -212,7 +233,9 @@ class RuleCount:
 class CleanReport:
     """read = kept + len(rejects); repaired counts kept rows that a repair changed.
 
-    digit_stops: `。` between digits, in distinct questions and in answers: rows, points, and points kept as lists
+    rejects      rows as they were judged (repaired, personal data masked) with the rule that rejected them
+    flags        flag -> ids of the rows it touches, kept or rejected
+    digit_stops  `。` between digits, in distinct questions and in answers: rows, points, and points kept as lists
     """
 
     read: int = 0
@@ -220,6 +243,7 @@ class CleanReport:
     repaired: int = 0
     rules: dict[str, RuleCount] = field(default_factory=dict)
     rejects: list[tuple[Example, str]] = field(default_factory=list)
+    flags: dict[str, list[str]] = field(default_factory=dict)
     digit_stops: dict[str, dict[str, int]] = field(
         default_factory=lambda: {k: {"rows": 0, "points": 0, "kept": 0} for k in ("questions", "answers")}
     )
@@ -232,15 +256,32 @@ class CleanReport:
             "rejected": len(self.rejects),
             "digit_stops": self.digit_stops,
             "rules": {name: {"rows": c.rows, "samples": c.samples} for name, c in self.rules.items()},
+            "flags": self.flags,
         }
 
 
-def clean(examples: Iterable[Example], *, off: Sequence[str] = ()) -> tuple[list[Example], CleanReport]:
-    """Repair and reject. `off` names rules that do not run. Raises ConfigError for a name that is no rule."""
+def clean(
+    examples: Iterable[Example], *, off: Sequence[str] = (), mask_names: bool = False
+) -> tuple[list[Example], CleanReport]:
+    """Repair, reject and flag.
+
+    off         names of rules that do not run
+    mask_names  also the rule "names", which is off otherwise
+
+    Raises ConfigError for a name that is no rule.
+    """
     unknown = [name for name in off if name not in RULES]
     if unknown:
-        raise ConfigError(f"{unknown[0]!r} is no cleaning rule", hint=f"One of {', '.join(RULES)}.")
-    report = CleanReport(rules={name: RuleCount() for name in RULES if name not in off})
+        near = get_close_matches(unknown[0], RULES, n=1)
+        raise ConfigError(
+            f"{unknown[0]!r} is no cleaning rule",
+            hint=f"One of {', '.join(RULES)}." + (f" Did you mean {near[0]}?" if near else ""),
+        )
+    off = off if mask_names else (*off, *WHEN_ASKED)
+    report = CleanReport(
+        rules={name: RuleCount() for name in RULES if name not in off},
+        flags={name: [] for name in FLAGS if name not in off},
+    )
     repairs = {n: f for n, f in REPAIRS.items() if n not in off}
     rejections = {n: f for n, f in REJECTIONS.items() if n not in off}
     kept: list[Example] = []
@@ -248,31 +289,37 @@ def clean(examples: Iterable[Example], *, off: Sequence[str] = ()) -> tuple[list
     asked: set[tuple[str, str]] = set()  # a question with three answers is one row of its file
     for example in examples:
         report.read += 1
-        for kind, name, text in (("questions", example.question_id, example.question), ("answers", "", example.answer)):
-            if "。" in text and (points := len(_DIGIT_STOP.findall(text))):
-                if kind == "questions" and (name, text) in asked:
-                    continue
-                asked.add((name, text))
-                stops = report.digit_stops[kind]
-                stops["rows"] += 1
-                stops["points"] += points
-                stops["kept"] += len(_DIGIT_STOP.findall(decimal_point(full_width(text))))
+        _count_digit_stops(example, asked, report)
         cleaned, touched = _repair(example, repairs, report)
+        for name in report.flags:
+            if FLAGS[name](cleaned):
+                report.flags[name].append(cleaned.id)
+                _count(report.rules[name], cleaned.question, cleaned.answer)
         reason = next((name for name, rejects in rejections.items() if rejects(cleaned)), None)
         words = tuple(m.content for m in cleaned.messages)
         if reason is None and DUPLICATE not in off and words in seen:
             reason = DUPLICATE
         if reason is not None:
-            count = report.rules[reason]
-            count.rows += 1
-            _sample(count, cleaned.question, cleaned.answer)
-            report.rejects.append((example, reason))
+            _count(report.rules[reason], cleaned.question, cleaned.answer)
+            report.rejects.append((cleaned, reason))
             continue
         seen.add(words)
         report.repaired += touched
         report.kept += 1
         kept.append(cleaned)
     return kept, report
+
+
+def _count_digit_stops(example: Example, asked: set[tuple[str, str]], report: CleanReport) -> None:
+    for kind, name, text in (("questions", example.question_id, example.question), ("answers", "", example.answer)):
+        if "。" in text and (points := len(_DIGIT_STOP.findall(text))):
+            if kind == "questions" and (name, text) in asked:
+                continue
+            asked.add((name, text))
+            stops = report.digit_stops[kind]
+            stops["rows"] += 1
+            stops["points"] += points
+            stops["kept"] += len(_DIGIT_STOP.findall(decimal_point(full_width(text))))
 
 
 def _repair(example: Example, repairs: dict[str, Repair], report: CleanReport) -> tuple[Example, bool]:
@@ -284,10 +331,9 @@ def _repair(example: Example, repairs: dict[str, Repair], report: CleanReport) -
         for name, repair in repairs.items():
             after = [repair(t) for t in texts]
             if after != texts:
-                count = report.rules[name]
-                count.rows += name not in hit
+                if name not in hit:
+                    _count(report.rules[name], *next((b, a) for b, a in zip(texts, after, strict=True) if a != b))
                 hit.add(name)
-                _sample(count, *next((b, a) for b, a in zip(texts, after, strict=True) if a != b))
                 texts = after
         if texts == before:
             break
@@ -297,6 +343,16 @@ def _repair(example: Example, repairs: dict[str, Repair], report: CleanReport) -
     return replace(example, messages=turns), True
 
 
-def _sample(count: RuleCount, before: str, after: str) -> None:
+def _count(count: RuleCount, before: str, after: str) -> None:
+    """One row more, and a sample of it with its personal data starred: reports are passed around."""
+    count.rows += 1
     if len(count.samples) < SAMPLES:
-        count.samples.append({"before": before[:200], "after": after[:200]})
+        count.samples.append({"before": _excerpt(before, after), "after": _excerpt(after, before)})
+
+
+def _excerpt(text: str, other: str) -> str:
+    """Where the two begin to differ, with a little before it."""
+    same = next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
+    start = max(0, min(same, len(text)) - CONTEXT)
+    piece = personal.blur(text, names=True)[start : start + EXCERPT]
+    return f"{'…' if start else ''}{piece}{'…' if start + EXCERPT < len(text) else ''}"

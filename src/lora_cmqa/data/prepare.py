@@ -49,6 +49,7 @@ def prepare(
     limit: int | None = None,
     on_orphan: Literal["error", "drop"] = "error",
     no_clean: Sequence[str] = (),
+    mask_names: bool = False,
     dev: float = 0.1,
     test: float = 0.1,
     against: Sequence[str | Path] = (),
@@ -61,6 +62,7 @@ def prepare(
     format      conversations also writes the training rows as the seed's train.json
     limit       at most this many training rows, drawn by `seed`; the others are rejected with the reason "limit"
     no_clean    cleaning rules to switch off (data/clean.py names them)
+    mask_names  names after a surname pattern become [姓名]; off by default, for the pattern is sometimes wrong
     dev, test   shares of the rows where the source brings no split of its own
     against     files or folders (a benchmark, say) whose near-duplicates among the kept rows are counted
     drop_leaks  training rows with a near-duplicate in dev, test or `against` are rejected with the reason "leak"
@@ -78,7 +80,7 @@ def prepare(
         examples = read_examples(source)
     read = len(examples) + len(orphans)
     spun = refuse_spun(examples, source, allow=allow_spun)
-    kept, cleaned = clean(examples, off=no_clean)
+    kept, cleaned = clean(examples, off=no_clean, mask_names=mask_names)
     rejects += cleaned.rejects
     official = read_splits(source) if is_layout else {}
     if official:
@@ -141,7 +143,7 @@ def print_summary(report: dict[str, Any]) -> None:
     print(say("data.splits", **report["splits"]))
     for name, count in report["rules"].items():
         if count["rows"]:
-            print(say("data.rule", name=name, rows=count["rows"]))
+            print(say("data.flag" if name in report["flags"] else "data.rule", name=name, rows=count["rows"]))
     for pair, found in (report["leaks"] | report["against"]).items():
         print(say("data.leak", pair=pair.replace("_", " / "), **found))
 
@@ -177,6 +179,7 @@ def _report(
         "splits": {s: len(rows[s]) for s in SPLITS},
         "official_split": official,
         "rules": cleaned.as_dict()["rules"],
+        "flags": cleaned.flags,
         "digit_stops": cleaned.digit_stops,
         "leaks": {f"{a}_{b}": asdict(leaks(rows[a], rows[b], alike)) for a, b in pairs},
         "seed": seed,

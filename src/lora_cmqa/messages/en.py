@@ -64,6 +64,7 @@ TEXT: dict[str, str] = {
     "data.summary": "{read} rows read, {kept} kept ({repaired} of them repaired), {rejected} rejected.",
     "data.splits": "train {train}, dev {dev}, test {test} rows.",
     "data.rule": "  {name}: {rows} rows",
+    "data.flag": "  {name}: {rows} rows to look at; their ids are in report.json.",
     "data.leak": "{pair}: {questions} of {of_questions} questions and {answers} of {of_answers} answers "
     "have a near-duplicate.",
     # eval

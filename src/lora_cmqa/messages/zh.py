@@ -61,6 +61,7 @@ TEXT: dict[str, str] = {
     "data.summary": "读取 {read} 行，保留 {kept} 行（其中修复 {repaired} 行），剔除 {rejected} 行。",
     "data.splits": "训练 {train} 行，验证 {dev} 行，测试 {test} 行。",
     "data.rule": "  {name}：{rows} 行",
+    "data.flag": "  {name}：{rows} 行需人工查看，编号在 report.json 中。",
     "data.leak": "{pair}：{of_questions} 个问题中有 {questions} 个、{of_answers} 条回答中有 {answers} 条存在近似重复。",
     # eval
     "eval.title": "{run} 与基座 {base} 的比较",
