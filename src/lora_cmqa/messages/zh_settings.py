@@ -72,6 +72,7 @@ SETTINGS: dict[str, str] = {
     "prepare seed": "划分的随机种子。",
     "prepare on_orphan": "找不到问题的回答：报错，还是舍弃。",
     "prepare no_clean": "要关闭的清洗规则；名称见 report.json。",
+    "prepare mask_names": "把姓氏后面的医生、患者姓名也遮盖；默认不遮盖，因为按姓氏匹配偶有误判。",
     "prepare against": "要检查是否与之重复的文件（例如评测集）。",
     "prepare drop_leaks": "舍弃与其他划分或 against 文件重复的训练行。",
     "prepare allow_spun": "即使数据像是机器改写的，也继续。",
