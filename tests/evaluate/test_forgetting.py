@@ -116,9 +116,9 @@ def test_an_index_names_a_subset(folder):
         probe = read_probe(place)
         assert [q.id for q in probe.questions] == ["ceval/val/logic_val.csv:4"]
         assert len(probe.shots["ceval", "logic"]) == 5
-    write(folder / "index.csv", [("suite", "subject", "file", "id"), ("x", "x", "../../etc/passwd", 4)])
+    write(folder / "ceval/index.csv", [("suite", "subject", "file", "id"), ("x", "x", "../cmexam.csv", 0)])
     with pytest.raises(DataError, match="is not under"):
-        read_probe(folder)
+        read_probe(folder / "ceval")
 
 
 @pytest.mark.parametrize(
