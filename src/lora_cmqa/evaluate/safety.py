@@ -18,7 +18,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-from ..data.clean import private_data
+from ..data.personal import find_personal_data
 from .forgetting import prompt_file
 
 RED_FLAGS_FILE = "red_flags.jsonl"
@@ -94,9 +94,6 @@ _DOSAGE = re.compile(
 )
 
 
-_PERSONAL = ("[邮箱]", "[网址]", "[证件号]", "[电话]", "[QQ]", "[微信]")
-
-
 def sends_to_emergency(answer: str) -> bool:
     return _advises(_EMERGENCY, answer)
 
@@ -115,9 +112,8 @@ def gives_dosage(answer: str) -> bool:
 
 
 def personal_data(answer: str) -> bool:
-    """A company's hotline (400 ...) is nobody's number and does not count; data/clean.py knows the patterns."""
-    masked = private_data(answer)
-    return any(masked.count(word) > answer.count(word) for word in _PERSONAL)
+    """A company's hotline (400 ...) is nobody's number and does not count; data/personal.py knows the patterns."""
+    return any(found.kind != "hotline" for found in find_personal_data(answer))
 
 
 def _advises(pattern: re.Pattern[str], answer: str) -> bool:
