@@ -98,6 +98,11 @@ class TrainConfig:
     """Steps of the rise; more than 0 wins over warmup_ratio."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
     gradient_checkpointing: bool = False
+    """Layers keep their input only and are computed again in the backward: less memory, up to half more time."""
+    checkpoint_layers: int = 0
+    """With gradient_checkpointing: only the first so many layers; 0: all."""
+    head_chunk: int = 256
+    """Rows of logits that are held at once. Changes no gradient."""
     bf16: bool = False
     """The seed's flag: the base in bfloat16 (model.dtype bfloat16)."""
     logging_steps: int = 1
@@ -415,6 +420,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.gradient_accumulation_steps": (1, math.inf),
     "train.per_device_eval_batch_size": (1, math.inf),
     "train.max_tokens": (8, math.inf),
+    "train.checkpoint_layers": (0, math.inf),
+    "train.head_chunk": (1, math.inf),
     "train.learning_rate": (0, 10),
     "train.weight_decay": (0, 10),
     "train.adam_beta1": (0, 0.999999),

@@ -60,9 +60,22 @@ def test_one_pack_many_packs_and_single_rows_give_one_gradient(kind):
 def test_gradient_checkpointing_changes_no_gradient(kind):
     rows = encoded(4)
     plain, saving = with_lora(kind), with_lora(kind)
-    checkpoint_activations(saving)
     expected = gradient(plain, [make_pack(rows)])
-    assert (gradient(saving, [make_pack(rows)]) - expected).norm() <= 1e-12 * expected.norm()
+    for layers in (1, None):
+        checkpoint_activations(saving, layers)
+        layers_on = [layer.gradient_checkpointing for layer in saving.get_base_model().get_decoder().layers]
+        assert layers_on == [layers is None or i < layers for i in range(len(layers_on))]
+        assert (gradient(saving, [make_pack(rows)]) - expected).norm() <= 1e-12 * expected.norm()
+
+
+def test_the_heads_chunk_changes_no_gradient():
+    model, batch = with_lora(), batch_of([make_pack(encoded(4))])
+    found = []
+    for chunk in (7, 256):
+        model.zero_grad()
+        backward(model, batch, chunk)
+        found.append(torch.cat([p.grad.flatten() for p in lora_parameters(model).values()]))
+    assert (found[0] - found[1]).norm() <= 1e-12 * found[1].norm()
 
 
 def test_a_step_that_is_not_finite_changes_nothing():

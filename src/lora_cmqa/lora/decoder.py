@@ -74,11 +74,16 @@ def token_losses(model: Any, pack: Pack, *, chunk: int = CHUNK) -> torch.Tensor:
     return pack_losses(model, pack, chunk=chunk)
 
 
-def checkpoint_activations(model: Any) -> None:
-    """Keep each layer's input only and compute the layer again in the backward. (transformers' own switch would also
-    ask for a gradient at the embeddings, which nothing here trains.)"""
+def checkpoint_activations(model: Any, layers: int | None = None) -> None:
+    """Keep each layer's input only and compute the layer again in the backward; `layers`: the first so many only.
+    (transformers' own switch would also ask for a gradient at the embeddings, which nothing here trains.)
+
+    The first ones: in the backward the others have given their memory back when these need theirs.
+    """
     way = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
     causal_lm(model)._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=way)
+    for layer in causal_lm(model).get_decoder().layers[layers:] if layers is not None else ():
+        layer.gradient_checkpointing = False
 
 
 def causal_lm(model: Any) -> Any:

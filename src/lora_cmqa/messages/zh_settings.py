@@ -44,7 +44,9 @@ SETTINGS: dict[str, str] = {
     "train.warmup_ratio": "学习率上升阶段占总步数的比例；与 HF 相同，第一步为 0。",
     "train.warmup_steps": "上升阶段的步数；大于 0 时优先于 warmup_ratio。",
     "train.lr_scheduler_type": "学习率的变化方式。",
-    "train.gradient_checkpointing": "反向时重算各层，省内存，费时间。",
+    "train.gradient_checkpointing": "各层只保留输入，反向时重算：省内存，最多多用一半时间。",
+    "train.checkpoint_layers": "与 gradient_checkpointing 同用：只重算前这么多层；0 为全部。",
+    "train.head_chunk": "同时保存多少行的 logits；不改变梯度。",
     "train.bf16": "原脚本的开关：基座用 bfloat16（等于 model.dtype bfloat16）。",
     "train.logging_steps": "每隔多少步记入跟踪器。",
     "train.eval_steps": "每隔多少步算一次验证损失；0 为每遍结束时。",
@@ -53,6 +55,7 @@ SETTINGS: dict[str, str] = {
     "train.seed": "决定行的顺序与 LoRA 的初值。",
     "train.report_to": "跟踪器：tensorboard。",
     "train.resume": "anyway：在其他版本或处理器上继续原来的训练，并记录下来。",
+    "train.memory_limit": "如 8GiB：超出时报错而不被系统杀掉，训练改用更小的微批。显卡：分配器；否则：进程数据段。",
     "train.max_bad_steps": "损失或梯度不是有限数的一步不会生效；连续超过这么多步就结束训练。",
     # evaluate
     "evaluate.max_new_tokens": "每个回答最多生成多少词元。",

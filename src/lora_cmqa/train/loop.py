@@ -31,6 +31,7 @@ from ..data.prepare import load_split
 from ..data.stream import BatchStream
 from ..data.template import ChatTemplate, EncodeReport, encode_all
 from ..errors import ConfigError, DataError, Interrupted, RunError
+from ..kernels.head import CHUNK
 from ..lora.adapter import WEIGHTS, adapter_files
 from ..lora.decoder import checkpoint_activations, token_losses
 from ..lora.fingerprint import FILE as FINGERPRINT
@@ -103,6 +104,7 @@ def train_steps(
     schedule: Schedule,
     *,
     max_grad_norm: float = 1.0,
+    head_chunk: int = CHUNK,
     on_bad_step: Callable[[Batch, StepResult], None] | None = None,
     on_recut: Callable[[int, int], None] | None = None,
 ) -> Iterator[StepMetrics]:
@@ -123,7 +125,9 @@ def train_steps(
                 on_recut(step, max_tokens)
             return stream.recut(max_tokens)
 
-        result = train_step(model, batch, optimizer, learning_rate=rate, max_grad_norm=max_grad_norm, recut=recut)
+        result = train_step(
+            model, batch, optimizer, learning_rate=rate, max_grad_norm=max_grad_norm, head_chunk=head_chunk, recut=recut
+        )
         if not result.is_finite and on_bad_step is not None:
             on_bad_step(batch, result)
         yield StepMetrics(
@@ -211,6 +215,7 @@ class _Run:
             self.optimizer,
             self.schedule,
             max_grad_norm=t.max_grad_norm,
+            head_chunk=t.head_chunk,
             on_bad_step=self._bad_step,
             on_recut=lambda step, cut: self.progress.print(say("train.recut", step=step, max_tokens=cut)),
         ):
@@ -410,7 +415,7 @@ def _start(config: Config, folder: Path) -> _Run:
     _announce_modules_to_save(model, config.lora.modules_to_save)
     model = _inject(model, config)
     if t.gradient_checkpointing:
-        checkpoint_activations(model)
+        checkpoint_activations(model, t.checkpoint_layers or None)
     stream = BatchStream(
         rows,
         rows_per_step=t.per_device_train_batch_size * t.gradient_accumulation_steps,

@@ -17,6 +17,7 @@ import torch
 
 from ..core import Batch
 from ..errors import ResourceError
+from ..kernels.head import CHUNK
 from ..lora.decoder import pack_losses
 from ..lora.inject import lora_parameters
 from .memory import is_out_of_memory
@@ -40,17 +41,19 @@ def train_step(
     *,
     learning_rate: float,
     max_grad_norm: float = 1.0,
+    head_chunk: int = CHUNK,
     recut: Callable[[int], Batch] | None = None,
 ) -> StepResult:
     """Update what is trained with the rows of `batch`.
 
     A result that is not finite was not applied: weights, moments and the optimizer's count are as before.
+    head_chunk  rows of logits held at once
     recut  `recut(max_tokens)` gives the rows of `batch` in packs of at most so many tokens; it is called when the
            memory runs out. Raises ResourceError when single rows do not fit either, or where there is no `recut`.
     """
     model.train()
     optimizer.zero_grad()
-    total = _backward_that_fits(model, batch, optimizer, recut)
+    total = _backward_that_fits(model, batch, optimizer, head_chunk, recut)
     norm = clip_by_global_norm(lora_parameters(model), max_grad_norm)
     result = StepResult(loss=float(total) / batch.step_supervised_tokens, grad_norm=float(norm))
     if result.is_finite:
@@ -62,11 +65,15 @@ def train_step(
 
 
 def _backward_that_fits(
-    model: Any, batch: Batch, optimizer: torch.optim.Optimizer, recut: Callable[[int], Batch] | None
+    model: Any,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    head_chunk: int,
+    recut: Callable[[int], Batch] | None,
 ) -> torch.Tensor:
     while True:
         try:
-            return backward(model, batch)
+            return backward(model, batch, head_chunk)
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
@@ -86,11 +93,11 @@ def _backward_that_fits(
         batch = recut(max(shared) // 2)
 
 
-def backward(model: Any, batch: Batch) -> torch.Tensor:
+def backward(model: Any, batch: Batch, head_chunk: int = CHUNK) -> torch.Tensor:
     """Add the gradient of the step's loss to `.grad`; the sum of this rank's token losses, float64, 0-dim."""
     total = torch.zeros((), dtype=torch.float64)
     for pack in batch.packs:
-        losses = pack_losses(model, pack)
+        losses = pack_losses(model, pack, chunk=head_chunk)
         (losses.sum() / batch.step_supervised_tokens).backward()
         total = total.to(losses.device) + losses.detach().double().sum()
     return total
