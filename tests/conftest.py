@@ -49,3 +49,28 @@ def tiny():
     from lora_cmqa.models.load import load_model
 
     return load_model("tiny", dtype="float64", device="cpu")
+
+
+@pytest.fixture
+def exact_norms(monkeypatch):
+    """transformers' norms compute in float32 even in a float64 model; for the time of a test, in the model's own
+    precision. Nothing else of its arithmetic is touched, and 16-bit and float32 models compute as before."""
+    import torch
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    def direction(x, eps):
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+
+    for norm in (LlamaRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+        monkeypatch.setattr(
+            norm, "forward", lambda self, x: self.weight * direction(x, self.variance_epsilon).to(x.dtype)
+        )
+    monkeypatch.setattr(
+        Gemma3RMSNorm,
+        "forward",
+        lambda self, x: (direction(x, self.eps) * (1.0 + self.weight)).type_as(x),
+    )

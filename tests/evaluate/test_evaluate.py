@@ -18,7 +18,7 @@ def example(i, question="q", answer="a"):
     return Example((Message("user", question), Message("assistant", answer)), id=str(i), question_id=question)
 
 
-def test_row_losses_equal_a_plain_loop(tiny):
+def test_row_losses_equal_a_plain_loop(tiny, exact_norms):
     model, tokenizer = tiny
     rows, _ = encode_all(
         [example(i % 4, f"问题{i}" * (i + 1), f"回答{i}" * (9 - i)) for i in range(9)],  # ids repeat on purpose

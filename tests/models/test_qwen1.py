@@ -139,7 +139,7 @@ def test_a_plain_qwen2_is_wrong_above_seq_length(original, tmp_path):
         assert difference_of_row(plain, arrays, "long300_s128", reference["long"]["long300_s128"]["ids"]) > 0.01
 
 
-def test_packed_rows_equal_the_same_rows_alone_above_seq_length(qwen_v1, tmp_path):
+def test_packed_rows_equal_the_same_rows_alone_above_seq_length(qwen_v1, tmp_path, exact_norms):
     """Rows of 150, 20 and 300 tokens in one pack, seq_length 128: each by its own alpha."""
     from lora_cmqa.core import TokenizedExample
     from lora_cmqa.data.pack import make_pack

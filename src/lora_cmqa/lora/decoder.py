@@ -1,43 +1,105 @@
-"""One forward of base + adapter over a pack: real tokens in, losses of the supervised ones out.
+"""The fast path: one forward of base + adapter over a pack, real tokens in, losses of the supervised ones out.
 
-    pack -> body (rows do not see each other) -> hidden states of the supervised rows -> head and loss in chunks
+    pack -> embedding [tokens, width] -> blocks -> rows that predict something -> norm -> head and loss in chunks
+                                           |
+              x + attention(norm(x))  then  + mlp(norm(.))      family.py says what differs between models
 
-The body is transformers' own class with PEFT's layers in it. Its attention is replaced, through transformers'
-registry and for the time of the call only, by kernels.packed_attention, which takes the rows' lengths.
+It reads the parameters of the HF + PEFT model where they are. Rows lie end to end, no row sees another, no pad token
+stands between; after the last attention only supervised rows go on. What family.py has no word for takes plain.py's
+way, which gives the same numbers.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.utils.checkpoint
-from transformers import AttentionInterface
 
 from ..core import Pack
 from ..errors import ModelError
 from ..kernels.attention import packed_attention
 from ..kernels.head import CHUNK, linear_cross_entropy
-
-_NAME = "lora_cmqa_packed"
+from ..kernels.lora_linear import lora_linear
+from ..kernels.mlp import gated
+from ..kernels.norm import rms_norm
+from ..kernels.rope import rotate
+from .family import Block, Norm, Projection, Unsupported, read_body
+from .plain import hidden_states_plain
 
 
 def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
     """[supervised, width]: the final hidden states (after the last norm) at `pack.predict_at`."""
     causal = causal_lm(model)
+    try:
+        body = read_body(causal, longest_row=max(pack.row_lengths))
+    except Unsupported:
+        return hidden_states_plain(causal, pack)
     device = causal.get_input_embeddings().weight.device
-    with _packed(causal):
-        hidden = causal.get_decoder()(
-            input_ids=torch.from_numpy(pack.input_ids).long().to(device)[None],
-            position_ids=torch.from_numpy(pack.position_ids).long().to(device)[None],
-            attention_mask=None,
-            use_cache=False,
+    keep = torch.from_numpy(pack.predict_at).long().to(device)
+    positions = torch.from_numpy(pack.position_ids).long().to(device)[None]
+    x = body.embedding(torch.from_numpy(pack.input_ids).long().to(device))
+    tables = {kind: _rotary_table(body.rotary, x, positions, kind) for kind in {b.rotary_kind for b in body.blocks}}
+    for block in body.blocks:
+        last = block is body.blocks[-1]
+        run = functools.partial(
+            _block,
+            block=block,
+            table=tables[block.rotary_kind],
             row_lengths=pack.row_lengths,
-        ).last_hidden_state
-    return hidden[0].index_select(0, torch.from_numpy(pack.predict_at).long().to(device))
+            keep=keep if last else None,
+        )
+        x = block.checkpoint(run, x) if block.checkpoint and torch.is_grad_enabled() else run(x)
+    return _norm(x, body.norm)
+
+
+def why_plain(model: Any) -> str | None:
+    """Why `model` takes the plain way, as a sentence; None where it takes the fast one."""
+    try:
+        read_body(causal_lm(model))
+    except Unsupported as reason:
+        return str(reason)
+    return None
+
+
+def _block(
+    x: torch.Tensor,
+    *,
+    block: Block,
+    table: tuple[torch.Tensor, torch.Tensor],
+    row_lengths: tuple[int, ...],
+    keep: torch.Tensor | None,
+) -> torch.Tensor:
+    """[tokens, width] -> [tokens, width]; with `keep` only those rows go on after the attention: [keep, width]."""
+    qkv = _project(_norm(x, block.before_attention), block.qkv).view(len(x), -1, block.head_dim)
+    qk, v = qkv.split([block.heads + block.kv_heads, block.kv_heads], dim=1)
+    q, k = rotate(_norm(qk, block.qk_norm), *table).split([block.heads, block.kv_heads], dim=1)
+    seen = packed_attention(
+        q, k, v, row_lengths, scale=block.scale, window=block.window, dropout=block.attention_dropout
+    ).flatten(1)
+    if keep is not None:
+        x, seen = x[keep], seen[keep]
+    x = x + _norm(_project(seen, block.out), block.after_attention)
+    inner = gated(_project(_norm(x, block.before_mlp), block.gate_up), block.activation)
+    return x + _norm(_project(inner, block.down), block.after_mlp)
+
+
+def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    return x if norm is None else rms_norm(x, norm.weight, norm.eps, norm.offset)
+
+
+def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
+    return lora_linear(x, projection.weight, projection.bias, projection.adapters)
+
+
+def _rotary_table(
+    rotary: Any, x: torch.Tensor, positions: torch.Tensor, kind: str | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos, sin [tokens, head_dim / 2] from the model's own module, which knows its scaling. (It writes each twice.)"""
+    cos, sin = rotary(x[None], positions) if kind is None else rotary(x[None], positions, kind)
+    half = cos.shape[-1] // 2
+    return cos[0, :, :half], sin[0, :, :half]
 
 
 def pack_losses(model: Any, pack: Pack, *, chunk: int = CHUNK) -> torch.Tensor:
@@ -106,76 +168,3 @@ def _trained_head(head: Any) -> torch.Tensor:
     if head.disable_adapters:
         return head.original_module.weight
     return active[head.active_adapters[0]].weight
-
-
-def _attention(
-    module: Any,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    row_lengths: tuple[int, ...] = (),
-    **_: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    out = packed_attention(
-        q,
-        k,
-        v,
-        row_lengths,
-        scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
-        window=sliding_window,
-        softcap=softcap,
-        dropout=dropout,
-    )
-    return out[None], None
-
-
-AttentionInterface.register(_NAME, _attention)
-
-
-@contextlib.contextmanager
-def _packed(causal: Any) -> Iterator[None]:
-    """The body's attention is ours inside, its own again outside. (transformers makes no mask for a name that it has
-    no mask function for, and none is wanted.)
-
-    Gradient checkpointing runs a layer once more in the backward, when this block is long left. So what is
-    checkpointed is not the layer's forward but the forward with our attention around it.
-    """
-    decoder = causal.get_decoder()
-    layers = [m for m in decoder.modules() if getattr(m, "gradient_checkpointing", False)]
-    own = [m._gradient_checkpointing_func for m in layers]
-    for layer, checkpoint in zip(layers, own, strict=True):
-        layer._gradient_checkpointing_func = _checkpoint_with_ours(checkpoint, decoder.config)
-    try:
-        with _our_attention(decoder.config):
-            yield
-    finally:
-        for layer, checkpoint in zip(layers, own, strict=True):
-            layer._gradient_checkpointing_func = checkpoint
-
-
-def _checkpoint_with_ours(checkpoint: Callable[..., Any], config: Any) -> Callable[..., Any]:
-    def run(function: Callable[..., Any], *args: Any) -> Any:
-        def with_ours(*inputs: Any) -> Any:
-            with _our_attention(config):
-                return function(*inputs)
-
-        return checkpoint(with_ours, *args)
-
-    return run
-
-
-@contextlib.contextmanager
-def _our_attention(config: Any) -> Iterator[None]:
-    before = config._attn_implementation
-    config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before

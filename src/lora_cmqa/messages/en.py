@@ -31,7 +31,14 @@ TEXT: dict[str, str] = {
         "Keeping the first {kept} of {layers} layers: {dropped} of {total} million parameters are left out. The model "
         "was trained with all of them: it starts worse, and the adapter fits only a base that is cut in the same way."
     ),
+    # decoder
+    "decoder.unknown_model": "{model} is no class that the fast path knows",
+    "decoder.other_part": "{part} is {kind}, which the fast path does not know",
+    "decoder.merged": "{part}: an adapter is merged into the weight",
+    "decoder.lora_variant": "{part}: {kind} is not plain LoRA",
+    "decoder.long_rows": "rows of {tokens} tokens: in evaluation Qwen v1 scales what lies beyond {most}",
     # train
+    "train.plain_path": "The plain path trains this, slower, with the same result: {reason}.",
     "train.progress": "loss {loss}  {speed} tokens/s  {left} left  {memory} GiB",
     "train.evaluated": "step {step}: dev loss {loss}",
     "train.evaluated_best": "step {step}: dev loss {loss}, the best so far",

@@ -31,7 +31,14 @@ TEXT: dict[str, str] = {
         "只保留前 {kept} 层（共 {layers} 层）：{total} 百万参数中有 {dropped} 百万不参与。"
         "模型训练时用了全部层，因此起点更差；得到的适配器只适用于同样裁剪的基座。"
     ),
+    # decoder
+    "decoder.unknown_model": "快速路径不认识 {model} 这一类",
+    "decoder.other_part": "{part} 是 {kind}，快速路径不认识",
+    "decoder.merged": "{part}：适配器已并入权重",
+    "decoder.lora_variant": "{part}：{kind} 不是普通 LoRA",
+    "decoder.long_rows": "有 {tokens} 个 token 的行：评估时 Qwen v1 会缩放第 {most} 个之后的部分",
     # train
+    "train.plain_path": "将用普通路径训练，较慢，结果相同：{reason}。",
     "train.progress": "损失 {loss}  {speed} 词元/秒  剩余 {left}  {memory} GiB",
     "train.evaluated": "第 {step} 步：验证损失 {loss}",
     "train.evaluated_best": "第 {step} 步：验证损失 {loss}，目前最好",

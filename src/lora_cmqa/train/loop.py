@@ -33,7 +33,7 @@ from ..data.template import ChatTemplate, EncodeReport, encode_all
 from ..errors import ConfigError, DataError, Interrupted, RunError
 from ..kernels.head import CHUNK
 from ..lora.adapter import WEIGHTS, adapter_files
-from ..lora.decoder import checkpoint_activations, token_losses
+from ..lora.decoder import checkpoint_activations, token_losses, why_plain
 from ..lora.fingerprint import FILE as FINGERPRINT
 from ..lora.fingerprint import check_fingerprint
 from ..lora.inject import QWEN_V1_NAMES, inject_lora, lora_parameters
@@ -477,6 +477,8 @@ def _inject(model: Any, config: Config) -> Any:
             total=f"{total:,}",
         )
     )
+    if reason := why_plain(wrapped):
+        _tell(say("train.plain_path", reason=reason))
     return wrapped
 
 
