@@ -21,6 +21,7 @@ from lora_cmqa.messages import say
 # flag -> our setting; the value goes over as it is
 SAME = {
     "model_name_or_path": "model.name-or-path",
+    "num_hidden_layers": "model.num-hidden-layers",  # the seed edited config.json by hand
     "data_path": "data.path",
     "model_max_length": "data.model-max-length",
     "lora_r": "lora.r",

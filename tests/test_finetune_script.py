@@ -57,6 +57,11 @@ def test_the_seeds_command_is_understood_whole():
     assert "lazy_preprocess" in notes[0]
 
 
+def test_the_seeds_edit_of_the_depth_is_a_flag():
+    assert settings(*SEED)[0].model.num_hidden_layers is None
+    assert settings(*SEED, "--num_hidden_layers", "16")[0].model.num_hidden_layers == 16
+
+
 def test_what_is_not_given_is_as_qwens_script_had_it():
     t = settings("--use_lora")[0].train
     assert (t.learning_rate, t.num_train_epochs, t.lr_scheduler_type, t.save_steps) == (5e-5, 3, "linear", 500)

@@ -70,6 +70,8 @@ class EvalArgs:
     """Base model; default: the one the adapter names."""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    num_hidden_layers: int | None = None
+    """Depth that the base is cut to; default: what the run's fingerprint.json says."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -79,6 +81,8 @@ class ChatArgs:
     base: str | None = None
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    num_hidden_layers: int | None = None
+    """Depth that the base is cut to; default: what the run's fingerprint.json says."""
     system: str | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -101,6 +105,8 @@ class MergeArgs:
     base: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the merged weights; auto keeps the base's."""
+    num_hidden_layers: int | None = None
+    """Depth that the base is cut to; default: what the run's fingerprint.json says."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,8 @@ class ConvertArgs:
     """Folder of a Qwen v1 checkpoint."""
     out: str = ""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    num_hidden_layers: int | None = None
+    """Write the first so many layers only."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +128,8 @@ class AdapterImportArgs:
     out: str = ""
     without_missing: bool = False
     """Import although modules_to_save is declared and its weights are absent."""
+    num_hidden_layers: int | None = None
+    """Depth that its base was cut to (the seed's 16)."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,8 @@ class AdapterRebaseArgs:
     model: str = ""
     """The same base in its new place, e.g. the folder `cmqa convert` wrote."""
     out: str = ""
+    num_hidden_layers: int | None = None
+    """Depth that the base is cut to; default: what the run's fingerprint.json says."""
 
 
 # ---- what each verb does -----------------------------------------------------------------------------------------
@@ -181,6 +193,7 @@ def run_eval(args: EvalArgs) -> Result:
         seed=e.bootstrap_seed,
         device=args.device,
         dtype=args.dtype,
+        num_hidden_layers=args.num_hidden_layers,
     )
 
 
@@ -200,7 +213,14 @@ def _sampling(args: ChatArgs) -> Any:
 def run_chat(args: ChatArgs) -> Result:
     from .engine.chat import Chat, converse
 
-    chat = Chat(_needed("RUN", args.run), base=args.base, device=args.device, dtype=args.dtype, system=args.system)
+    chat = Chat(
+        _needed("RUN", args.run),
+        base=args.base,
+        device=args.device,
+        dtype=args.dtype,
+        num_hidden_layers=args.num_hidden_layers,
+        system=args.system,
+    )
     converse(chat, sampling=_sampling(args))
     return {}
 
@@ -216,6 +236,7 @@ def run_compare(args: CompareArgs) -> Result:
         base=args.base,
         device=args.device,
         dtype=args.dtype,
+        num_hidden_layers=args.num_hidden_layers,
         system=args.system,
         sampling=_sampling(args),
     )
@@ -226,26 +247,35 @@ def run_merge(args: MergeArgs) -> Result:
     from .lora.merge import merge
 
     dtype = None if args.dtype == "auto" else args.dtype
-    return merge(_needed("RUN", args.run), _needed("--out", args.out), base=args.base, dtype=dtype)
+    return merge(
+        _needed("RUN", args.run),
+        _needed("--out", args.out),
+        base=args.base,
+        dtype=dtype,
+        num_hidden_layers=args.num_hidden_layers,
+    )
 
 
 def run_convert(args: ConvertArgs) -> Result:
     from .models.qwen1 import convert
 
-    return {"out": str(convert(_needed("QWEN_V1", args.source), _needed("--out", args.out), args.dtype))}
+    source, out = _needed("QWEN_V1", args.source), _needed("--out", args.out)
+    return {"out": str(convert(source, out, args.dtype, num_hidden_layers=args.num_hidden_layers))}
 
 
 def run_adapter_import(args: AdapterImportArgs) -> Result:
     from .lora.adapter_import import import_adapter
 
     old, model, out = _needed("OLD", args.old), _needed("--model", args.model), _needed("--out", args.out)
-    return import_adapter(old, model, out, without_missing=args.without_missing)
+    kept = args.num_hidden_layers
+    return import_adapter(old, model, out, without_missing=args.without_missing, num_hidden_layers=kept)
 
 
 def run_adapter_rebase(args: AdapterRebaseArgs) -> Result:
     from .lora.adapter_import import rebase
 
-    return rebase(_needed("ADAPTER", args.adapter), _needed("--model", args.model), _needed("--out", args.out))
+    adapter, model, out = _needed("ADAPTER", args.adapter), _needed("--model", args.model), _needed("--out", args.out)
+    return rebase(adapter, model, out, num_hidden_layers=args.num_hidden_layers)
 
 
 def _needed(name: str, value: str | None) -> str:

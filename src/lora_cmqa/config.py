@@ -37,6 +37,8 @@ class ModelConfig:
     device computes in it, else float32."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes a GPU when there is one."""
+    num_hidden_layers: int | None = None
+    """Keep the base's first so many layers, as the seed did to fit its card. What is left is a damaged model."""
 
 
 @dataclass(frozen=True)
@@ -409,6 +411,7 @@ def bytes_of(text: str, setting: str) -> int:
 
 
 _RANGES: dict[str, tuple[float, float]] = {
+    "model.num_hidden_layers": (1, math.inf),
     "data.model_max_length": (8, math.inf),
     "data.dev_fraction": (0, 0.5),
     "lora.r": (1, 4096),

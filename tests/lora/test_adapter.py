@@ -145,8 +145,9 @@ def test_fewer_layers_than_the_base(tmp_path):
     save_adapter(model, tmp_path, base_model_name_or_path="x")
     file = tmp_path / "adapter_model.safetensors"
     save_file({k: v for k, v in load_file(file).items() if ".layers.2." not in k}, file)
-    with pytest.raises(AdapterError, match="14 of 42 tensors that the base's layers need are missing"):
+    with pytest.raises(AdapterError, match="the adapter has 2 layers, the base 3") as caught:
         load_adapter(tiny_model(), tmp_path)
+    assert "--num-hidden-layers 2" in str(caught.value)
 
 
 def test_another_kind_of_model(saved):

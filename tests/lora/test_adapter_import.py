@@ -160,3 +160,27 @@ def test_rebase_refuses_another_shape_and_a_full_folder(qwen_v1, native, tmp_pat
     assert not (tmp_path / "no").exists()
     with pytest.raises(RunError, match="not empty"):
         rebase(tmp_path / "new", native, tmp_path / "new")
+
+
+def test_an_adapter_of_a_cut_base(qwen_v1, reference, tmp_path):
+    """The seed's own case, 16 of 32 layers: here 2 of 4."""
+    base, old = qwen_v1 / "qwen_v1_tiny", copy(qwen_v1 / "adapter_chat", tmp_path / "old")
+    tensors = load_file(old / "adapter_model.safetensors")
+    first = {k: t for k, t in tensors.items() if int(k.split(".h.")[1].split(".")[0]) < 2}
+    save_file(first, old / "adapter_model.safetensors")
+    with pytest.raises(AdapterError, match="the adapter has 2 layers, the base 4") as caught:
+        import_adapter(old, base, tmp_path / "no")
+    assert "--num-hidden-layers 2" in str(caught.value)
+    assert import_adapter(old, base, tmp_path / "new", num_hidden_layers=2)["layers"] == 2
+    assert json.loads((tmp_path / "new" / "fingerprint.json").read_text())["num_hidden_layers"] == 2
+    merge(tmp_path / "new", tmp_path / "merged", dtype="float32")
+    merged, _ = load_model(tmp_path / "merged")
+    assert len(merged.model.layers) == 2
+    assert check_logits_differ(merged, reference)
+
+
+def check_logits_differ(model, reference):
+    """Half the layers are another model: the reference of the whole one is far away."""
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        check_logits(model, reference, "chat_top")
+    return True

@@ -171,9 +171,16 @@ def test_another_base_than_it_was_trained_on(tmp_path):
 
 
 def test_a_base_of_another_family(tmp_path):
-    run = make_run(tmp_path / "run")
+    run = make_run(tmp_path / "run", "llama")
     (run / "fingerprint.json").unlink()
     refused(tmp_path, run, "in the base, the adapter's is", base="tiny-qwen3")
+
+
+def test_a_module_that_the_base_lacks(tmp_path):
+    run = make_run(tmp_path / "run")
+    file = run / "adapter_model.safetensors"
+    save_file({k.replace("0.mlp.up_proj", "0.mlp.x_proj"): t for k, t in load_file(file).items()}, file)
+    refused(tmp_path, run, "1 of the adapter's modules have no weight")
 
 
 def test_a_base_of_another_depth(tmp_path):
@@ -184,7 +191,7 @@ def test_a_base_of_another_depth(tmp_path):
     byte_tokenizer().save_pretrained(tmp_path / "base")
     run = make_run(tmp_path / "run")
     (run / "fingerprint.json").unlink()
-    refused(tmp_path, run, "7 of the adapter's modules have no weight", base=str(tmp_path / "base"))
+    refused(tmp_path, run, "the adapter has 3 layers, the base 2", base=str(tmp_path / "base"))
 
 
 def test_an_out_that_is_not_empty(tmp_path):

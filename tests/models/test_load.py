@@ -144,9 +144,18 @@ def test_an_unknown_model_type_is_refused(folder):
 def test_fewer_layers_of_a_native_model(capsys):
     cut, _ = load_model("tiny-gemma3", num_hidden_layers=2)
     assert (len(cut.model.layers), len(cut.config.layer_types)) == (2, 2)
-    assert "2" in capsys.readouterr().err
+    assert "Keeping the first 2 of 4 layers" in capsys.readouterr().err
     with pytest.raises(ModelError, match="num_hidden_layers is 9; the model has 4"):
         load_model("tiny-gemma3", num_hidden_layers=9)
+
+
+def test_weights_of_more_layers_than_the_config_says(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2, "layer_types": None}))
+    with pytest.raises(ModelError, match="hold a layer 3, this config says 2"):
+        load_model(folder)
+    with pytest.raises(ModelError, match="hold a layer 3"):
+        load_model(folder, num_hidden_layers=1)
 
 
 def test_device_and_dtype(monkeypatch):

@@ -268,7 +268,7 @@ def test_a_missing_a_foreign_and_a_misshapen_tensor_are_named(small):
         ({k: v for k, v in tensors.items() if k != norm}, "missing, the first is model.layers.2.input_layernorm"),
         (tensors | {"transformer.h.0.attn.extra.weight": torch.ones(2)}, "attn.extra.weight has no place"),
         (tensors | {norm: torch.ones(7)}, r"shape \(7,\)"),
-        (tensors | {"transformer.h.9.ln_1.weight": tensors[norm].clone()}, "no place"),
+        (tensors | {"transformer.h.9.ln_1.weight": tensors[norm].clone()}, "hold a layer 10, this config says 4"),
     ):
         save_file(change, folder / "model.safetensors")
         with pytest.raises(ModelError, match=said):
@@ -316,9 +316,35 @@ def test_the_seeds_layer_edit_says_what_it_costs(qwen_v1, capsys):
     cut, _ = load_model(qwen_v1 / "qwen_v1_tiny", num_hidden_layers=2)
     assert (len(cut.model.layers), cut.config.num_hidden_layers) == (2, 2)
     assert torch.equal(cut.model.layers[1].mlp.up_proj.weight, whole.model.layers[1].mlp.up_proj.weight)
-    assert "2" in capsys.readouterr().err
+    assert "Keeping the first 2 of 4 layers" in capsys.readouterr().err
     with pytest.raises(ModelError, match="num_hidden_layers is 5; the model has 4"):
         load_model(qwen_v1 / "qwen_v1_tiny", num_hidden_layers=5)
+
+
+def test_the_seeds_own_way_to_cut_is_named(small):
+    """It wrote 16 into config.json over weights of 32 layers; its stack then left the others out with a warning."""
+    folder, _ = small
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    with pytest.raises(ModelError, match="hold a layer 3, this config says 2: it was edited") as caught:
+        load_model(folder)
+    assert "--num-hidden-layers 2" in str(caught.value)
+
+
+def test_convert_writes_the_first_layers_only(qwen_v1, tmp_path):
+    """Of three shards and three layers one layer is kept: what is left of the shards has an index of its own."""
+    folder = qwen_v1 / "qwen_v1_tiny_sharded"
+    out = qwen1.convert(folder, tmp_path / "native", num_hidden_layers=1)
+    cut, _ = load_model(folder, num_hidden_layers=1)
+    written, _ = load_model(out)
+    assert len(written.model.layers) == written.config.num_hidden_layers == 1
+    for (name, a), (_, b) in zip(cut.named_parameters(), written.named_parameters(), strict=True):
+        assert torch.equal(a, b), name
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    assert {f.name for f in out.glob("*.safetensors")} == set(index["weight_map"].values())
+    assert index["metadata"]["total_size"] == 2 * sum(p.numel() for p in written.parameters())
+    with pytest.raises(ModelError, match="num_hidden_layers is 4; the model has 3"):
+        qwen1.convert(folder, tmp_path / "no", num_hidden_layers=4)
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------

@@ -33,9 +33,12 @@ class Chat:
         base: str | None = None,
         device: str = "auto",
         dtype: str = "auto",
+        num_hidden_layers: int | None = None,
         system: str | None = None,
     ) -> None:
-        self.run = run if isinstance(run, OpenRun) else open_run(run, base=base, device=device, dtype=dtype)
+        if not isinstance(run, OpenRun):
+            run = open_run(run, base=base, device=device, dtype=dtype, num_hidden_layers=num_hidden_layers)
+        self.run = run
         self.engine = EmbeddedEngine(self.run.model, self.run.tokenizer, self.run.stop_ids)
         self.system = system
 
@@ -84,13 +87,15 @@ def compare(
     base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    num_hidden_layers: int | None = None,
     system: str | None = None,
     sampling: SamplingParams | None = None,
 ) -> list[dict[str, str]]:
     """[{"question", "base", "adapter"}]: each question answered by the base and by the adapter, same settings."""
-    chat = run if isinstance(run, Chat) else Chat(run, base=base, device=device, dtype=dtype, system=system)
-    both = [chat.request(q, adapter=a, sampling=sampling) for q in questions for a in (False, True)]
-    answers = [c.text.strip() for c in chat.engine.generate(both)]
+    if not isinstance(run, Chat):
+        run = Chat(run, base=base, device=device, dtype=dtype, num_hidden_layers=num_hidden_layers, system=system)
+    both = [run.request(q, adapter=a, sampling=sampling) for q in questions for a in (False, True)]
+    answers = [c.text.strip() for c in run.engine.generate(both)]
     return [{"question": q, "base": answers[2 * i], "adapter": answers[2 * i + 1]} for i, q in enumerate(questions)]
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..data.template import ChatTemplate
 from ..errors import AdapterError, RunError
 from ..lora.adapter import load_adapter, read_adapter_config
-from ..lora.fingerprint import check_fingerprint
+from ..lora.fingerprint import check_fingerprint, fingerprinted, kept_layers
 from ..models.load import load_model
 
 
@@ -33,11 +33,13 @@ def open_run(
     base: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    num_hidden_layers: int | None = None,
 ) -> OpenRun:
     """Load the base and put the adapter of `run` on it, in eval mode.
 
     `run` is a run folder, one of its checkpoints, or any PEFT adapter folder; a base model's name or folder opens
-    that base without an adapter. `base` overrides the base that the adapter names.
+    that base without an adapter. `base` overrides the base that the adapter names, `num_hidden_layers` the depth that
+    the run's fingerprint says its base was cut to.
     Raises RunError when nothing is there, AdapterError for an adapter that does not fit, ModelError for the base.
     """
     folder = Path(run)
@@ -50,11 +52,14 @@ def open_run(
     name = base or (read_adapter_config(folder)["base_model_name_or_path"] if has_adapter else str(run))
     if not name:
         raise AdapterError("the adapter names no base model", file=folder / "adapter_config.json", hint="Add --base M.")
-    model, tokenizer = load_model(name, dtype=dtype, device=device)
+    kept = num_hidden_layers
     if has_adapter:
-        source = next((f for f in (folder, folder.parent) if (f / "fingerprint.json").is_file()), None)
+        source = fingerprinted(folder)
         if source is not None:
             check_fingerprint(source, name)
+        kept = kept or kept_layers(folder)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, num_hidden_layers=kept)
+    if has_adapter:
         model = load_adapter(model, folder)
     model.eval()
     template = ChatTemplate.from_tokenizer(tokenizer, _chat_template(folder) if has_adapter else None)

@@ -43,6 +43,7 @@ def evaluate(
     seed: int = 42,
     device: str = "auto",
     dtype: str = "auto",
+    num_hidden_layers: int | None = None,
 ) -> dict[str, Any]:
     """Write RUN/eval/NAME/report.{json,md,html} and predictions.jsonl, and return the report.
 
@@ -52,7 +53,9 @@ def evaluate(
 
     Raises AdapterError where the run holds no adapter, DataError where the split is empty.
     """
-    opened = run if isinstance(run, OpenRun) else open_run(run, base=base, device=device, dtype=dtype)
+    if not isinstance(run, OpenRun):
+        run = open_run(run, base=base, device=device, dtype=dtype, num_hidden_layers=num_hidden_layers)
+    opened = run
     if not opened.has_adapter:
         raise AdapterError("there is no adapter here to compare with its base", file=opened.folder)
     settings = _settings_of(opened.folder)

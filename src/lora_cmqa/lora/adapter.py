@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from ..errors import AdapterError
+from ..models.depth import layers_in
 from .decoder import causal_lm
 from .inject import quiet, remove_lora
 
@@ -201,6 +202,7 @@ def read_tensors(file: Path) -> dict[str, torch.Tensor]:
 def _check_tensors(file: Path, found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     missing, foreign = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     if missing or foreign:
+        check_depth(found, len(layers_in(wanted)), file=file)
         parts = []
         if missing:
             parts.append(
@@ -218,6 +220,26 @@ def _check_tensors(file: Path, found: dict[str, torch.Tensor], wanted: dict[str,
                 file=file,
                 hint="The adapter was trained on a base of another size.",
             )
+
+
+def check_depth(tensors: Iterable[str], layers: int, *, file: Path) -> None:
+    """Raises AdapterError when the adapter's tensors are those of a base with another number of layers, first to last.
+
+    PEFT alone puts a 16-layer adapter on the first half of 32 layers with a warning.
+    """
+    held = layers_in(tensors)
+    if not held or held == set(range(layers)) or held != set(range(len(held))):
+        return
+    deep = f"the adapter has {len(held)} layers, the base {layers}"
+    if len(held) > layers:
+        raise AdapterError(deep, file=file, hint="Name the base that it was trained on.")
+    raise AdapterError(
+        deep,
+        file=file,
+        hint=f"If it was trained on a base cut to its first {len(held)} layers, add --num-hidden-layers {len(held)}; "
+        f"`cmqa adapter rebase ADAPTER --model BASE --num-hidden-layers {len(held)} --out NEW` writes that into its "
+        "fingerprint.json, and then every verb knows.",
+    )
 
 
 def refuse_code(folder: Path) -> None:

@@ -20,10 +20,11 @@ from peft import LoraConfig
 
 from ..errors import AdapterError
 from ..models import qwen1
+from ..models.depth import check_layers
 from ..models.load import base_name, load_model, read_json, resolve
-from .adapter import CONFIG, WEIGHTS, encode_adapter, load_adapter, read_adapter_config, read_tensors
+from .adapter import CONFIG, WEIGHTS, check_depth, encode_adapter, load_adapter, read_adapter_config, read_tensors
 from .fingerprint import FILE as FINGERPRINT
-from .fingerprint import check_fingerprint, write_fingerprint
+from .fingerprint import check_fingerprint, kept_layers, write_fingerprint
 from .inject import QWEN_V1_NAMES
 from .merge import appears_complete
 
@@ -32,9 +33,15 @@ _BIN = "adapter_model.bin"
 
 
 def import_adapter(
-    old: str | Path, base: str | Path, out: str | Path, *, without_missing: bool = False
+    old: str | Path,
+    base: str | Path,
+    out: str | Path,
+    *,
+    without_missing: bool = False,
+    num_hidden_layers: int | None = None,
 ) -> dict[str, Any]:
     """Convert the adapter folder `old` (of Qwen v1's time) for `base`, a Qwen v1 folder or its converted form.
+    `num_hidden_layers`: it was trained on the base's first so many layers, as the seed's were.
 
     Reads adapter_config.json and the weights, nothing else in the folder: safetensors, or adapter_model.bin as
     tensors only. Raises AdapterError: a tensor without a place, fewer or more layers than the base, wrong shapes,
@@ -46,7 +53,7 @@ def import_adapter(
         if config.get(key):
             raise AdapterError("was not used by adapters of that time and is not converted", file=folder, field=key)
     base_folder = resolve(base)
-    sizes = _Sizes(base_folder)
+    sizes = _Sizes(base_folder, num_hidden_layers)
     native = _native_tensors(folder, _read(folder))
     saved, missing = _modules_to_save(folder, config, native, without_missing)
     lora = {k: t for k, t in native.items() if ".lora_" in k}
@@ -64,7 +71,7 @@ def import_adapter(
     with appears_complete(Path(out)) as made:
         for name, content in encode_adapter(written, tensors, base_model_name_or_path=base_name(base)).items():
             (made / name).write_bytes(content)
-        write_fingerprint(made, base_folder)
+        write_fingerprint(made, base_folder, num_hidden_layers=sizes.layers)
     return {
         "out": str(out),
         "base": str(base),
@@ -76,15 +83,19 @@ def import_adapter(
     }
 
 
-def rebase(adapter: str | Path, new_base: str | Path, out: str | Path) -> dict[str, Any]:
-    """The adapter of `adapter` with `new_base` as the base it names, and that base's fingerprint.
+def rebase(
+    adapter: str | Path, new_base: str | Path, out: str | Path, *, num_hidden_layers: int | None = None
+) -> dict[str, Any]:
+    """The adapter of `adapter` with `new_base` as the base it names, and that base's fingerprint. A depth that
+    `adapter`'s own fingerprint notes is kept; `num_hidden_layers` notes one.
 
     Every tensor is checked against the new base (load_adapter). Whether both bases hold the same weights only their
     fingerprints can say: `same_base` is False where they differ, as they do after `cmqa convert`.
     """
     folder = Path(adapter)
     config = read_adapter_config(folder)
-    model, _ = load_model(new_base, dtype="auto")
+    kept = num_hidden_layers or kept_layers(folder)
+    model, _ = load_model(new_base, dtype="auto", num_hidden_layers=kept)
     load_adapter(model, folder, allow_inert=True)
     try:
         check_fingerprint(folder, new_base)
@@ -97,7 +108,7 @@ def rebase(adapter: str | Path, new_base: str | Path, out: str | Path) -> dict[s
                 shutil.copyfile(file, made / file.name)
         named = config | {"base_model_name_or_path": base_name(new_base)}
         (made / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        write_fingerprint(made, new_base)
+        write_fingerprint(made, new_base, num_hidden_layers=kept)
     return {"out": str(out), "base": str(new_base), "before": config.get("base_model_name_or_path"), "same_base": same}
 
 
@@ -164,7 +175,7 @@ def _modules_to_save(
 class _Sizes:
     """What the base's config says about shapes. Raises AdapterError for a base of another family."""
 
-    def __init__(self, base: Path) -> None:
+    def __init__(self, base: Path, num_hidden_layers: int | None) -> None:
         config = read_json(base / "config.json", base)
         if qwen1.is_qwen1(config):
             v1 = qwen1.read_config(base)
@@ -176,6 +187,7 @@ class _Sizes:
             raise AdapterError(
                 f"model type {config.get('model_type')!r} is neither Qwen v1 nor its converted form", file=base
             )
+        self.layers = check_layers(num_hidden_layers, self.layers)
 
     def of(self, module: str) -> tuple[int, int]:
         """(out, in) of a module's weight."""
@@ -204,13 +216,7 @@ def _check(
         raise AdapterError(f"{min(stray)} is in the file and not declared in modules_to_save", file=folder)
     modules = {k.rsplit(".lora_", 1)[0] for k in lora}
     within = {m.split(".", 3)[3] for m in modules if m.startswith("model.layers.")}
-    layers = {int(m.split(".")[2]) for m in modules if m.startswith("model.layers.")}
-    if layers != set(range(sizes.layers)):
-        raise AdapterError(
-            f"the adapter has {len(layers)} layers, the base {sizes.layers}",
-            file=folder,
-            hint="It belongs to a base cut to its depth: name that one.",
-        )
+    check_depth(lora, sizes.layers, file=folder)
     for module in (f"model.layers.{n}.{m}" for n in range(sizes.layers) for m in within):
         out, into = sizes.of(module)
         for part, shape in (("A", (r, into)), ("B", (out, r))):

@@ -5,6 +5,7 @@
     weights     for each weight file: size, and sha256 of its first, middle and last MiB (--full: of all of it)
 
 An adapter carries the fingerprint of the base it was trained on; another base is refused with what differs.
+"num_hidden_layers" is there where only the first so many layers of that base were used (--num-hidden-layers).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import AdapterError
-from ..models.load import resolve
+from ..models.load import layers_of, resolve
 
 FILE = "fingerprint.json"
 _MIB = 1 << 20
@@ -44,11 +45,28 @@ def fingerprint(model_folder: str | Path, full: bool = False) -> dict[str, Any]:
     }
 
 
-def write_fingerprint(folder: Path, base: str | Path, *, extra: dict[str, Any] | None = None) -> dict[str, Any]:
-    """`folder`/fingerprint.json for the base named `base`; `extra` notes edits such as num_hidden_layers."""
-    content = fingerprint(resolve(base)) | (extra or {})
+def write_fingerprint(folder: Path, base: str | Path, *, num_hidden_layers: int | None = None) -> dict[str, Any]:
+    """`folder`/fingerprint.json for the base named `base`, with the depth it is cut to where that is less than its."""
+    place = resolve(base)
+    content = fingerprint(place)
+    if num_hidden_layers is not None and num_hidden_layers < layers_of(place):
+        content["num_hidden_layers"] = num_hidden_layers
     (folder / FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return content
+
+
+def fingerprinted(run: str | Path) -> Path | None:
+    """The folder of `run`'s fingerprint.json: itself, or for a checkpoint the run above it; None without one."""
+    return next((f for f in (Path(run), Path(run).parent) if (f / FILE).is_file()), None)
+
+
+def kept_layers(run: str | Path) -> int | None:
+    """The depth that the base of `run` was cut to, as its fingerprint says; None for a whole base."""
+    place = fingerprinted(run)
+    kept = _read(place / FILE).get("num_hidden_layers") if place else None
+    if kept is not None and (not isinstance(kept, int) or isinstance(kept, bool) or kept < 1):
+        raise AdapterError(f"{kept!r} is no number of layers", file=run, field="num_hidden_layers")
+    return kept
 
 
 def check_fingerprint(run: str | Path, base: str | Path) -> None:
@@ -56,7 +74,7 @@ def check_fingerprint(run: str | Path, base: str | Path) -> None:
     file = Path(run) / FILE
     if not file.is_file():
         raise AdapterError(f"no {FILE}, so the base cannot be checked", file=run)
-    trained_on = json.loads(file.read_text(encoding="utf-8"))
+    trained_on = _read(file)
     differing = differences(trained_on, fingerprint(resolve(base), full=bool(trained_on.get("full"))))
     if differing:
         raise AdapterError(
@@ -73,6 +91,16 @@ def differences(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
         files = sorted(set(a[part]) | set(b[part]))
         named += [f for f in files if a[part].get(f) != b[part].get(f)]
     return named
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if {"config", "tokenizer", "weights"} <= content.keys():
+            return content
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise AdapterError("not a fingerprint", file=file, hint="`cmqa adapter rebase` writes it anew.")
 
 
 def _sha256(content: bytes) -> str:

@@ -28,10 +28,11 @@ from ..core import Message
 from ..data.template import ChatTemplate
 from ..errors import AdapterError, RunError
 from ..models import qwen1
-from ..models.load import DTYPES, check_weight_files, load_model, read_json, resolve
-from .adapter import WEIGHTS, load_adapter, read_adapter_config, read_tensors, refuse_code
+from ..models.depth import check_layers, layer_of
+from ..models.load import DTYPES, check_weight_files, layers_of, load_model, read_json, resolve
+from .adapter import WEIGHTS, check_depth, load_adapter, read_adapter_config, read_tensors, refuse_code
 from .fingerprint import FILE as FINGERPRINT
-from .fingerprint import check_fingerprint, fingerprint
+from .fingerprint import check_fingerprint, fingerprint, fingerprinted, kept_layers
 
 CERTIFICATE = "certificate.json"
 GOLDEN_PROMPTS = (
@@ -50,11 +51,19 @@ _INDEX = "model.safetensors.index.json"
 _FLOAT32_BOUND, _KL_BOUND = 1e-3, 0.05
 
 
-def merge(run: str | Path, out: str | Path, *, base: str | None = None, dtype: str | None = None) -> dict[str, Any]:
+def merge(
+    run: str | Path,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    dtype: str | None = None,
+    num_hidden_layers: int | None = None,
+) -> dict[str, Any]:
     """Write base + adapter of `run` as a plain model folder `out`; returns the certificate.
 
     base   overrides the base that the adapter names
     dtype  of the written weights: float32, bfloat16, float16; None: each tensor keeps the base's
+    num_hidden_layers  depth that the base is cut to; None: what the run's fingerprint says
 
     Raises AdapterError: no plain LoRA, another base than it was trained on, tensors that find no place, a quantised
     base, or merged answers that differ from base + adapter. RunError: `out` is there and not empty.
@@ -67,12 +76,16 @@ def merge(run: str | Path, out: str | Path, *, base: str | None = None, dtype: s
         raise AdapterError("the adapter names no base model", file=folder, hint="Add --base M.")
     base_folder = resolve(name)
     _refuse_quantised(base_folder)
-    stored = next((f for f in (folder, folder.parent) if (f / FINGERPRINT).is_file()), None)
+    stored = fingerprinted(folder)
     if stored is not None:
         check_fingerprint(stored, name)
+    kept = check_layers(num_hidden_layers or kept_layers(folder), layers_of(base_folder))
+    adapter = read_tensors(folder / WEIGHTS)
+    if not config.get("layers_to_transform") and not isinstance(config["target_modules"], str):
+        check_depth(adapter, kept, file=folder)
     with appears_complete(Path(out)) as made:
-        native = _native(base_folder, made)
-        _write(native, made, read_tensors(folder / WEIGHTS), config, dtype=dtype, sign=1)
+        native = _native(base_folder, made, kept)
+        _write(native, made, adapter, config, dtype=dtype, sign=1, layers=kept)
         _copy_beside(native, folder, made)
         certificate = {
             "base": str(name),
@@ -80,7 +93,8 @@ def merge(run: str | Path, out: str | Path, *, base: str | None = None, dtype: s
             "base_fingerprint_checked": stored is not None,
             "adapter_sha256": _sha256(folder / WEIGHTS),
             "dtype": dtype or "as the base",
-            **_compare(native, folder, made),
+            "num_hidden_layers": kept,
+            **_compare(native, folder, made, kept),
             "files": {f.name: _sha256(f) for f in sorted(made.glob("*.safetensors"))},
         }
         (made / CERTIFICATE).write_text(json.dumps(certificate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -95,7 +109,8 @@ def unmerge(merged: str | Path, run: str | Path, out: str | Path) -> Path:
     if config.get("modules_to_save"):
         raise AdapterError("modules_to_save replaced weights of the base, which cannot be taken out", file=folder)
     with appears_complete(Path(out)) as made:
-        _write(source, made, read_tensors(folder / WEIGHTS), config, dtype=None, sign=-1)
+        adapter = read_tensors(folder / WEIGHTS)
+        _write(source, made, adapter, config, dtype=None, sign=-1, layers=layers_of(source))
         _copy_beside(source, source, made)
     return Path(out)
 
@@ -104,9 +119,17 @@ def unmerge(merged: str | Path, run: str | Path, out: str | Path) -> Path:
 
 
 def _write(
-    base: Path, out: Path, adapter: dict[str, torch.Tensor], config: dict[str, Any], *, dtype: str | None, sign: int
+    base: Path,
+    out: Path,
+    adapter: dict[str, torch.Tensor],
+    config: dict[str, Any],
+    *,
+    dtype: str | None,
+    sign: int,
+    layers: int,
 ) -> None:
-    """The shards, their index and config.json. Every tensor of the adapter must find its place."""
+    """The shards, their index and config.json, without what stands beyond the first `layers`. Every tensor of the
+    adapter must find its place."""
     waiting = _changes(adapter, config)
     whole = {name for name, change in waiting.items() if isinstance(change, torch.Tensor)}
     settings = read_json(base / "config.json", base)
@@ -122,13 +145,14 @@ def _write(
     for file in sorted(base.glob("*.safetensors")):
         shard = {}
         with safe_open(str(file), framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  # safe_open is no mapping
+            for name in (n for n in tensors.keys() if layer_of(n) < layers):  # noqa: SIM118  # safe_open is no mapping
                 weight = tensors.get_tensor(name)
                 cast = (target or weight.dtype) if weight.is_floating_point() else weight.dtype
                 change = waiting.pop(name, None)
                 shard[name] = _changed(name, weight, change, sign).to(cast).contiguous()
                 where[name], size, written = file.name, size + shard[name].nbytes, written or cast
-        save_file(shard, str(out / file.name), metadata={"format": "pt"})
+        if shard:
+            save_file(shard, str(out / file.name), metadata={"format": "pt"})
     if waiting:
         raise AdapterError(
             f"{len(waiting)} of the adapter's modules have no weight in this base, the first is {min(waiting)}",
@@ -142,6 +166,10 @@ def _write(
         settings.pop("torch_dtype", None)
         settings["dtype"] = str(written).removeprefix("torch.")
     settings.pop("auto_map", None)
+    if layers < layers_of(base):
+        settings["num_hidden_layers"] = layers
+        if settings.get("layer_types"):
+            settings["layer_types"] = settings["layer_types"][:layers]
     (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
@@ -184,11 +212,11 @@ def _changed(name: str, weight: torch.Tensor, change: Any, sign: int) -> torch.T
     return weight.to(exact).addmm_(b.to(exact), a.to(exact), alpha=sign * scaling)
 
 
-def _native(base: Path, beside: Path) -> Path:
+def _native(base: Path, beside: Path, layers: int) -> Path:
     """`base`, or for a Qwen v1 checkpoint its native form in a hidden folder that goes when the merge ends."""
     if not qwen1.is_qwen1(read_json(base / "config.json", base)):
         return base
-    return qwen1.convert(base, beside / ".native")
+    return qwen1.convert(base, beside / ".native", num_hidden_layers=layers)
 
 
 def _ties_by_default(settings: dict[str, Any]) -> bool:
@@ -252,14 +280,14 @@ def _sha256(file: Path) -> str:
 # ---- the proof -------------------------------------------------------------------------------------------------------
 
 
-def _compare(base: Path, run: Path, merged: Path) -> dict[str, Any]:
+def _compare(base: Path, run: Path, merged: Path, layers: int) -> dict[str, Any]:
     """Both ways over the golden prompts, one model in memory at a time. Raises AdapterError when they disagree."""
     dtype = read_json(merged / "config.json", merged).get("dtype", "float32")
     model, tokenizer = load_model(merged, dtype=dtype)
     template = ChatTemplate.from_tokenizer(tokenizer)
     prompts = [template.encode_prompt((Message("user", text),)) for text in GOLDEN_PROMPTS]
     after = [_logits(model, ids) for ids in prompts]
-    model, _ = load_model(base, dtype=dtype)
+    model, _ = load_model(base, dtype=dtype, num_hidden_layers=layers)
     model = load_adapter(model, run).eval()
     before = [_logits(model, ids) for ids in prompts]
     golden: list[dict[str, Any]] = [

@@ -28,8 +28,9 @@ TEXT: dict[str, str] = {
     "chat.unknown_command": "{command} is not one of /base /adapter /reset /exit.",
     # models
     "models.layers_dropped": (
-        "Keeping the first {kept} of {layers} layers: {dropped} of {total} million parameters are left out. The model "
-        "was trained with all of them: it starts worse, and the adapter fits only a base that is cut in the same way."
+        "Keeping the first {kept} of {layers} layers: {dropped} of {total} million parameters are left out. What is "
+        "left is a damaged model, for it was trained with all of them (docs/qwen-v1.md: what such a cut costs); an "
+        "adapter of it fits only a base cut in the same way."
     ),
     # decoder
     "decoder.unknown_model": "{model} is no class that the fast path knows",

@@ -29,7 +29,7 @@ TEXT: dict[str, str] = {
     # models
     "models.layers_dropped": (
         "只保留前 {kept} 层（共 {layers} 层）：{total} 百万参数中有 {dropped} 百万不参与。"
-        "模型训练时用了全部层，因此起点更差；得到的适配器只适用于同样裁剪的基座。"
+        "模型训练时用了全部层，剩下的是受损的模型（代价见 docs/qwen-v1.md）；得到的适配器只适用于同样裁剪的基座。"
     ),
     # decoder
     "decoder.unknown_model": "快速路径不认识 {model} 这一类",

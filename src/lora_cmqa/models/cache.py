@@ -72,12 +72,14 @@ def settle(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Without transformers' own bars: the terminal belongs to our lines."""
-    was_on = transformers_logging.is_progress_bar_enabled()
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' own bars and reports: the terminal belongs to our lines, which say the same or more."""
+    was_on, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if was_on:
             transformers_logging.enable_progress_bar()

@@ -15,7 +15,6 @@ import difflib
 import json
 import platform
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .. import hub
 from ..errors import ModelError
-from ..messages import say
 from . import qwen1, tiny
-from .cache import no_progress_bar
+from .cache import quiet_transformers
+from .depth import check_layers, refuse_more_layers, say_cost
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 BUILT_IN = ("embedded", "tiny", *(f"tiny-{kind}" for kind in tiny.KINDS))
@@ -66,30 +65,13 @@ def load_model(
     if qwen1.is_qwen1(config):
         model = qwen1.load(folder, precision, num_hidden_layers=num_hidden_layers)
         tokenizer = qwen1.native_tokenizer(folder)
-        layers = qwen1.read_config(folder).layers
     else:
         refuse_remote_code(folder)
-        layers = int(config.get("num_hidden_layers") or 0)
         model = _load_native(folder, precision, num_hidden_layers)
         tokenizer = _load_tokenizer(folder)
-    if num_hidden_layers is not None and num_hidden_layers < layers:
-        _say_cost(model, num_hidden_layers, layers)
+    if num_hidden_layers is not None and num_hidden_layers < layers_of(folder):
+        say_cost(model, num_hidden_layers, layers_of(folder))
     return model.to(where).eval().requires_grad_(False), tokenizer
-
-
-def _say_cost(model: PreTrainedModel, kept: int, layers: int) -> None:
-    total = sum(p.numel() for p in model.parameters())
-    dropped = (layers - kept) * sum(p.numel() for p in model.get_decoder().layers[0].parameters())
-    print(
-        say(
-            "models.layers_dropped",
-            kept=kept,
-            layers=layers,
-            dropped=f"{dropped / 1e6:,.1f}",
-            total=f"{(total + dropped) / 1e6:,.1f}",
-        ),
-        file=sys.stderr,
-    )
 
 
 # ---- a name -> a folder --------------------------------------------------------------------------------------------
@@ -120,6 +102,19 @@ def resolve(name_or_path: str | Path) -> Path:
         hint=(f"Did you mean {' or '.join(near)}? " if near else "")
         + f"--model takes {', '.join(BUILT_IN[:2])}, a local folder, or a hub name such as {USUAL[0]}.",
     )
+
+
+def layers_of(folder: Path) -> int:
+    """How many layers a model's config.json says. Raises ModelError where it does not say."""
+    config = read_json(folder / "config.json", folder)
+    if qwen1.is_qwen1(config):
+        return qwen1.read_config(folder).layers
+    layers = config.get("num_hidden_layers") or (config.get("text_config") or {}).get("num_hidden_layers")
+    if not isinstance(layers, int):
+        raise ModelError(
+            "does not say how many layers there are", file=folder / "config.json", field="num_hidden_layers"
+        )
+    return layers
 
 
 def base_name(name_or_path: str | Path) -> str:
@@ -217,12 +212,14 @@ def check_weight_files(folder: Path) -> None:
 def _load_native(folder: Path, dtype: torch.dtype, num_hidden_layers: int | None = None) -> PreTrainedModel:
     check_weight_files(folder)
     try:
-        with no_progress_bar():
+        with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+            text = config.get_text_config(decoder=True)
+            layers = text.num_hidden_layers
             if num_hidden_layers is not None:
-                config.num_hidden_layers = qwen1.check_layers(num_hidden_layers, config.num_hidden_layers)
-                if getattr(config, "layer_types", None):
-                    config.layer_types = config.layer_types[:num_hidden_layers]
+                text.num_hidden_layers = check_layers(num_hidden_layers, layers)
+                if getattr(text, "layer_types", None):
+                    text.layer_types = text.layer_types[:num_hidden_layers]
             model, info = AutoModelForCausalLM.from_pretrained(
                 folder,
                 config=config,
@@ -246,6 +243,7 @@ def _load_native(folder: Path, dtype: torch.dtype, num_hidden_layers: int | None
             file=folder,
             hint="The checkpoint does not fit its config.json; fetch it anew.",
         )
+    refuse_more_layers(info["unexpected_keys"], layers, file=folder / "config.json")
     return model
 
 

@@ -14,6 +14,8 @@ the length of the row (dynamic NTK) and sharpens queries (logn); `Qwen1Rotary` a
 from __future__ import annotations
 
 import base64
+import functools
+import itertools
 import json
 import math
 import shutil
@@ -34,6 +36,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 from ..data.template import CHATML
 from ..errors import ModelError
 from .cache import settle
+from .depth import check_layers, layer_of, refuse_more_layers
 from .sizes import QWEN1_EARLY_KEYS, is_qwen1
 from .tiny import byte_alphabet
 
@@ -225,21 +228,9 @@ def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | Non
     config._name_or_path = str(folder)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
-    waiting = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    for file in weight_files(folder):
-        for name, tensor in read_shard(file):
-            if layers <= _layer_of(name) < v1.layers:  # cut off by num_hidden_layers
-                continue
-            if name not in waiting:
-                raise ModelError(f"the tensor {name} is there twice, or the config has no place for it", file=file)
-            if tuple(tensor.shape) != waiting.pop(name):
-                raise ModelError(f"{name} has the shape {tuple(tensor.shape)}; the config says otherwise", file=file)
-            owner, _, leaf = name.rpartition(".")
-            # The copy cuts q, k and v loose from the joined tensor and from the file's memory map.
-            value = tensor.to(dtype, copy=True, memory_format=torch.contiguous_format)
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
-    if waiting:
-        raise ModelError(f"{len(waiting)} weights are missing, the first is {next(iter(waiting))}", file=folder)
+    for _, name, value in _all_tensors(folder, model, dtype, v1.layers):
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = Qwen1Rotary(config, v1)
     for layer in model.model.layers:
         if v1.logn:
@@ -250,17 +241,27 @@ def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | Non
     return model.eval()
 
 
-def check_layers(wanted: int | None, there: int) -> int:
-    """How many layers to keep. Raises ModelError unless 1 <= wanted <= there."""
-    if wanted is not None and not 1 <= wanted <= there:
-        raise ModelError(
-            f"num_hidden_layers is {wanted}; the model has {there}", hint=f"--num-hidden-layers 1 to {there}"
-        )
-    return wanted or there
-
-
-def _layer_of(name: str) -> int:
-    return int(name.split(".")[2]) if name.startswith("model.layers.") else -1
+def _all_tensors(
+    folder: Path, model: Qwen2ForCausalLM, dtype: torch.dtype | None, layers: int
+) -> Iterator[tuple[Path, str, torch.Tensor]]:
+    """(file, our name, tensor in `dtype`; None: as stored) for every parameter of `model`, which may lie on the meta
+    device and have fewer than the checkpoint's `layers`. Raises ModelError for a tensor too many, one too few, or
+    another shape."""
+    waiting = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    kept = model.config.num_hidden_layers
+    for file in weight_files(folder):
+        for name, tensor in read_shard(file):
+            if kept <= layer_of(name) < layers:  # cut off by num_hidden_layers
+                continue
+            refuse_more_layers([name], layers, file=folder / "config.json")
+            if name not in waiting:
+                raise ModelError(f"the tensor {name} is there twice, or the config has no place for it", file=file)
+            if tuple(tensor.shape) != waiting.pop(name):
+                raise ModelError(f"{name} has the shape {tuple(tensor.shape)}; the config says otherwise", file=file)
+            # The copy cuts q, k and v loose from the joined tensor and from the file's memory map.
+            yield file, name, tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+    if waiting:
+        raise ModelError(f"{len(waiting)} weights are missing, the first is {next(iter(waiting))}", file=folder)
 
 
 def native_generation_config(folder: str | Path) -> GenerationConfig:
@@ -394,16 +395,7 @@ def native_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     `tokenizer(text)` recognises specials in the text, as the original does by default; split_special_tokens=True
     reads them as text. Nothing is added. Raises ModelError where the file is missing or not what it says.
     """
-    file = Path(folder) / "qwen.tiktoken"
-    ranks = _read_ranks(file)
-    letters = byte_alphabet()
-    spelled = {token: "".join(letters[b] for b in token) for token in ranks}
-    merges = []
-    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
-        if len(token) > 1:
-            left, right = _parts(token, rank, ranks, file)
-            merges.append((spelled[left], spelled[right]))
-    core = Tokenizer(models.BPE(vocab={spelled[t]: r for t, r in ranks.items()}, merges=merges))
+    core = Tokenizer(_bpe(Path(folder) / "qwen.tiktoken"))
     core.normalizer = normalizers.NFC()
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -424,27 +416,51 @@ def native_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     )
 
 
-def _read_ranks(file: Path) -> dict[bytes, int]:
+def _bpe(file: Path) -> models.BPE:
     try:
-        lines = file.read_bytes().splitlines()
-        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+        content = file.read_bytes()
     except FileNotFoundError:
         raise ModelError("no qwen.tiktoken", file=file.parent, hint="Copy it from the original checkpoint.") from None
-    except (OSError, ValueError) as e:
-        raise ModelError(f"not a tiktoken file: {e}", file=file) from None
+    try:
+        vocabulary, merges = _vocabulary(content)
+    except ModelError as e:
+        raise ModelError(e.message, file=file) from None
+    return models.BPE(vocab=vocabulary, merges=merges)
+
+
+@functools.lru_cache(maxsize=1)  # two seconds; one process often opens base, run and merged model in turn
+def _vocabulary(content: bytes) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """The tokens, spelled as byte-level BPE spells them, and the merge that makes each of more than one byte."""
+    ranks = _read_ranks(content)
+    letters = byte_alphabet()
+    spelled = {token: "".join(letters[b] for b in token) for token in ranks}
+    merges = []
+    for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
+        if len(token) > 1:
+            left, right = _parts(token, rank, ranks)
+            merges.append((spelled[left], spelled[right]))
+    return {spelled[t]: r for t, r in ranks.items()}, merges
+
+
+def _read_ranks(content: bytes) -> dict[bytes, int]:
+    try:
+        lines = content.splitlines()
+        ranks = {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines if line)}
+    except ValueError as e:
+        raise ModelError(f"not a tiktoken file: {e}") from None
     if len(ranks) != _END or sorted(ranks.values()) != list(range(_END)):
-        raise ModelError(f"{len(ranks):,} tokens; Qwen v1 has {_END:,}, ranked 0 to {_END - 1:,}", file=file)
+        raise ModelError(f"{len(ranks):,} tokens; Qwen v1 has {_END:,}, ranked 0 to {_END - 1:,}")
     return ranks
 
 
-def _parts(token: bytes, rank: int, ranks: dict[bytes, int], file: Path) -> tuple[bytes, bytes]:
+def _parts(token: bytes, rank: int, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two tokens whose merge makes `token`: BPE on its bytes with the lower ranks only."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [ranks.get(parts[i] + parts[i + 1], rank) for i in range(len(parts) - 1)]
         best = min(pairs)
         if best >= rank:
-            raise ModelError(f"token {rank} cannot be merged from lower ones", file=file)
+            raise ModelError(f"token {rank} cannot be merged from lower ones")
         at = pairs.index(best)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts[0], parts[1]
@@ -453,10 +469,11 @@ def _parts(token: bytes, rank: int, ranks: dict[bytes, int], file: Path) -> tupl
 # ---- out again -------------------------------------------------------------------------------------------------------
 
 
-def convert(source: str | Path, out: str | Path, dtype: str = "auto") -> Path:
+def convert(source: str | Path, out: str | Path, dtype: str = "auto", *, num_hidden_layers: int | None = None) -> Path:
     """A Qwen v1 folder -> a native Qwen2 folder that any tool loads; returns `out`.
 
-    Shard by shard, in the stored dtype (dtype "auto") or cast once. `out` appears complete or not at all. The native
+    Shard by shard, in the stored dtype (dtype "auto") or cast once; with `num_hidden_layers` only the first so many
+    layers. `out` appears complete or not at all. The native
     model is exact up to seq_length, which becomes its max_position_embeddings. Raises ModelError: not a Qwen v1
     folder, an `out` that is not empty, a tensor that is missing or without a place.
     """
@@ -464,13 +481,14 @@ def convert(source: str | Path, out: str | Path, dtype: str = "auto") -> Path:
     if not folder.is_dir():
         raise ModelError("no such folder", file=folder)
     v1 = read_config(folder)
+    layers = check_layers(num_hidden_layers, v1.layers)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError("is there already and not empty", file=out, hint="Name another --out.")
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
     try:
-        stored = _write_shards(folder, temporary, v1, None if dtype == "auto" else getattr(torch, dtype))
-        config = native_config(v1)
+        config = native_config(v1, num_hidden_layers=layers)
+        stored = _write_shards(folder, temporary, v1, config, None if dtype == "auto" else getattr(torch, dtype))
         config.dtype = stored
         config.save_pretrained(temporary)
         native_generation_config(folder).save_pretrained(temporary)
@@ -484,24 +502,29 @@ def convert(source: str | Path, out: str | Path, dtype: str = "auto") -> Path:
     return out
 
 
-def _write_shards(folder: Path, out: Path, v1: Qwen1Config, dtype: torch.dtype | None) -> torch.dtype:
-    """One native shard for each of theirs, and the index. Returns the dtype written."""
+def _write_shards(
+    folder: Path, out: Path, v1: Qwen1Config, config: Qwen2Config, dtype: torch.dtype | None
+) -> torch.dtype:
+    """One native shard for each of theirs that holds something kept, and the index. Returns the dtype written."""
     with torch.device("meta"):
-        waiting = {n: tuple(p.shape) for n, p in Qwen2ForCausalLM(native_config(v1)).named_parameters()}
-    files, where, size = weight_files(folder), {}, 0
-    written = dtype
-    for number, file in enumerate(files, 1):
-        name = "model.safetensors" if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
-        shard = {n: t.to(dtype or t.dtype, copy=True).contiguous() for n, t in read_shard(file)}
-        for n, tensor in shard.items():
-            if waiting.pop(n, None) != tuple(tensor.shape):
-                raise ModelError(f"{n} {tuple(tensor.shape)} has no place in a model of this config", file=file)
-            where[n], size, written = name, size + tensor.nbytes, tensor.dtype
-        save_file(shard, out / name, metadata={"format": "pt"})
-    if waiting:
-        raise ModelError(f"{len(waiting)} weights are missing, the first is {next(iter(waiting))}", file=folder)
-    if len(files) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": where}
-        (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    assert written is not None
+        model = Qwen2ForCausalLM(config)
+    shards: list[list[str]] = []
+    size = 0
+    for _, group in itertools.groupby(_all_tensors(folder, model, dtype, v1.layers), key=lambda item: item[0]):
+        shard = {name: tensor for _, name, tensor in group}
+        size += sum(t.nbytes for t in shard.values())
+        written = next(iter(shard.values())).dtype
+        save_file(shard, out / f"{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        del shard  # before the next one is read
+    if len(shards) == 1:
+        (out / "0").rename(out / "model.safetensors")
+        return written
+    where: dict[str, str] = {}
+    for number, held in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"{number}").rename(out / name)
+        where |= dict.fromkeys(held, name)
+    index = {"metadata": {"total_size": size}, "weight_map": where}
+    (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return written

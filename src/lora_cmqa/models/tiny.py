@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from ..data.template import CHATML
-from .cache import no_progress_bar, write_once
+from .cache import quiet_transformers, write_once
 
 TinyKind = Literal["qwen2", "qwen3", "llama", "gemma3"]
 KINDS: tuple[str, ...] = get_args(TinyKind)
@@ -133,7 +133,7 @@ def tiny_folder(kind: TinyKind = "qwen2") -> Path:
     def build(folder: Path) -> None:
         model = tiny_model(kind)
         model.generation_config = GenerationConfig(eos_token_id=[258, 256], pad_token_id=256)
-        with no_progress_bar():
+        with quiet_transformers():
             model.save_pretrained(folder)
         byte_tokenizer().save_pretrained(folder)
 

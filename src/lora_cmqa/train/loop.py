@@ -408,7 +408,10 @@ def _start(config: Config, folder: Path) -> _Run:
     dtype = pick_dtype(stored_dtype(folder) or wanted if wanted == "auto" else wanted, device)
     same_environment(folder, environment(device, dtype), anyway=t.resume == "anyway")
     train_examples, dev_examples = _read_rows(config)
-    model, tokenizer = load_model(m.name_or_path, dtype=str(dtype).removeprefix("torch."), device=str(device))
+    precision = str(dtype).removeprefix("torch.")
+    model, tokenizer = load_model(
+        m.name_or_path, dtype=precision, device=str(device), num_hidden_layers=m.num_hidden_layers
+    )
     template = ChatTemplate.from_tokenizer(tokenizer, d.chat_template)
     rows = _encode(train_examples, "train", config, template)
     dev_rows = _encode(dev_examples, "dev", config, template) if dev_examples else []
@@ -446,7 +449,7 @@ def _start(config: Config, folder: Path) -> _Run:
         ),
         schedule=Schedule(t.lr_scheduler_type, t.learning_rate, warmup, stream.total_steps),
         dev_packs=pack(dev_rows, max_tokens=t.max_tokens) if dev_rows else (),
-        companions=write_companions(folder, tokenizer, template, m.name_or_path, model_card(config, base), model),
+        companions=write_companions(folder, tokenizer, template, m, model_card(config, base), model),
     )
 
 

@@ -16,6 +16,8 @@ def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> st
     name = config.model.name_or_path if not local else Path(config.model.name_or_path).name
     card = _data_card(config)
     targets = " ".join(lora.target_modules)
+    depth = config.model.num_hidden_layers
+    cut = f", cut to its first {depth} layers" if depth else ""
     whole = f"; trained whole: {' '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
     lines = [
         "---",
@@ -32,7 +34,7 @@ def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> st
         "",
         "| | |",
         "|---|---|",
-        f"| base | {name} (its hashes: `fingerprint.json`) |",
+        f"| base | {name}{cut} (its hashes: `fingerprint.json`) |",
         *([f"| data | {card['source']}, licence {card['licence']} |"] if card else []),
         *(f"| sha256 of {file} | {digest} |" for file, digest in sorted(card.get("outputs", {}).items())),
         f"| LoRA | r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}{whole} |",

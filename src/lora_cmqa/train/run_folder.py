@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ..config import Config, as_flat_dict, as_yaml, parse
+from ..config import Config, ModelConfig, as_flat_dict, as_yaml, parse
 from ..data.template import ChatTemplate
 from ..errors import RunError
 from ..lora.adapter import CONFIG, WEIGHTS
@@ -174,7 +174,7 @@ def _flat(value: Any) -> str:
 
 
 def write_companions(
-    folder: Path, tokenizer: Any, template: ChatTemplate, base: str, card: str, model: Any
+    folder: Path, tokenizer: Any, template: ChatTemplate, base: ModelConfig, card: str, model: Any
 ) -> dict[str, Path]:
     """Tokenizer, template, stop ids, fingerprint and card: what an adapter needs beside it. Existing files are kept,
     so a resume changes none. Returns their names and paths."""
@@ -183,7 +183,7 @@ def write_companions(
         made = Path(scratch)
         tokenizer.chat_template = template.jinja
         tokenizer.save_pretrained(made)
-        write_fingerprint(made, base)
+        write_fingerprint(made, base.name_or_path, num_hidden_layers=base.num_hidden_layers)
         (made / TEMPLATE).write_text(template.jinja, encoding="utf-8")
         (made / GENERATION).write_bytes(_json({"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}))
         (made / CARD).write_text(card, encoding="utf-8")
