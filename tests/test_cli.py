@@ -13,7 +13,17 @@ from lora_cmqa.messages import en, zh
 
 FRONT_DOOR = {
     *("Chat", "CmqaError", "Config", "compare", "convert", "evaluate", "import_adapter", "inject_lora"),
-    *("load_adapter", "load_model", "merge", "prepare", "read_examples", "save_adapter", "train", "train_steps"),
+    *(
+        "load_adapter",
+        "load_model",
+        "merge",
+        "plan",
+        "prepare",
+        "read_examples",
+        "save_adapter",
+        "train",
+        "train_steps",
+    ),
 }
 
 

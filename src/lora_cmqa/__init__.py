@@ -24,6 +24,7 @@ _FRONT_DOOR = {
     "load_adapter": "lora.adapter",
     "merge": "lora.merge",
     "import_adapter": "lora.adapter_import",
+    "plan": "train.plan",
     "train": "train.loop",
     "train_steps": "train.loop",
     "evaluate": "evaluate.evaluation",

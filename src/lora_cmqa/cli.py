@@ -14,6 +14,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from .config import Config, EvaluateConfig, parse
@@ -57,6 +58,18 @@ class PrepareArgs:
     allow_spun: bool = False
     licence: str = "unknown"
     """Goes into the data card and the model card."""
+
+
+@dataclass(frozen=True)
+class PlanArgs(Config):
+    gpu_memory: str | None = None
+    """"24GiB"; default: the free memory of the card that nvidia-smi names, else of this machine."""
+    gpu: str | None = None
+    """The card, for the time of an epoch: RTX 3090, RTX 4090, A100, L40S, H100, H200."""
+    recipe: Literal["ours", "qwen-finetune"] = "ours"
+    """qwen-finetune: the ledger of Qwen's own script, and why it did not fit."""
+    html: str | None = None
+    """Write the bars of every moment into this page."""
 
 
 @dataclass(frozen=True)
@@ -168,6 +181,17 @@ def run_prepare(args: PrepareArgs) -> Result:
         allow_spun=args.allow_spun,
         licence=args.licence,
     )
+
+
+def run_plan(args: PlanArgs) -> Result:
+    from .train.plan import plan
+
+    result = plan(args, gpu_memory=args.gpu_memory, gpu=args.gpu, recipe=args.recipe)
+    if args.html is not None:
+        from .train.plan_page import write_page
+
+        write_page(result, Path(args.html))
+    return result
 
 
 def run_train(config: Config) -> Result:
@@ -297,6 +321,12 @@ def print_prepared(result: Result) -> None:
     print_summary(result)
 
 
+def print_planned(result: Result) -> None:
+    from .train.plan_page import print_plan
+
+    print_plan(result)
+
+
 def print_trained(result: Result) -> None:
     print(say("cli.trained", run=result["run"]))
 
@@ -329,6 +359,7 @@ class Verb:
 VERBS: dict[str, Verb] = {
     "demo": Verb(DemoArgs, run_demo, print_nothing, usage="cmqa demo"),
     "prepare": Verb(PrepareArgs, run_prepare, print_prepared, ("source",), "cmqa prepare SRC --out DIR"),
+    "plan": Verb(PlanArgs, run_plan, print_planned, usage="cmqa plan [CONFIG.yaml] --model M --gpu-memory 24GiB"),
     "train": Verb(
         Config, run_train, print_trained, usage="cmqa train [CONFIG.yaml] --model M --data DIR --output-dir RUN"
     ),
@@ -424,7 +455,7 @@ def _dispatch(words: list[str], as_json: bool) -> int:
         raise ConfigError(f"unknown verb {tried!r}", hint=f"Did you mean `cmqa {near[0]}`?" if near else "cmqa --help")
     verb, rest = VERBS[name], words[len(name.split()) :]
     yaml_file = None
-    if name == "train" and rest and not rest[0].startswith("-"):
+    if name in ("train", "plan") and rest and not rest[0].startswith("-"):
         yaml_file = rest.pop(0)
     args: Any = parse(
         verb.args,

@@ -9,13 +9,13 @@ from typing import Any
 from ..core import Example
 from ..messages import language, say
 
-_STYLE = (
+STYLE = (
     "body{font:16px/1.6 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem}"
     "table{border-collapse:collapse;width:100%}td,th{border-bottom:1px solid #ddd;padding:.3rem .6rem;text-align:left;"
     "vertical-align:top}td.n{text-align:right}"
 )
 # No button and no address of a service: the page sends nothing anywhere.
-_PLOTLY = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False, "responsive": True}
+PLOTLY = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False, "responsive": True}
 
 
 def as_html(report: Mapping[str, Any], rows: Mapping[Any, Sequence[Example]]) -> str:
@@ -33,7 +33,7 @@ def as_html(report: Mapping[str, Any], rows: Mapping[Any, Sequence[Example]]) ->
     rules = go.Figure(go.Bar(x=[c["rows"] for c in used.values()], y=list(used), orientation="h"))
     rules.update_layout(title=say("data.rules"), template="plotly_white", height=120 + 28 * len(used))
     pictures = [
-        pio.to_html(f, full_html=False, include_plotlyjs=first, config=_PLOTLY, div_id=name)
+        pio.to_html(f, full_html=False, include_plotlyjs=first, config=PLOTLY, div_id=name)
         for f, first, name in ((lengths, True, "lengths"), (rules, False, "rules"))
     ]
     summary = [
@@ -49,7 +49,7 @@ def as_html(report: Mapping[str, Any], rows: Mapping[Any, Sequence[Example]]) ->
     body = "".join("<tr>" + "".join(f"<td>{html.escape(t)}</td>" for t in s) + "</tr>" for s in samples)
     return (
         f'<!doctype html><html lang="{language()}"><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>"
+        f"<style>{STYLE}</style><h1>{html.escape(title)}</h1>"
         + "".join(f"<p>{html.escape(line)}</p>" for line in summary)
         + "".join(pictures)
         + f"<table>{head}{body}</table></html>\n"

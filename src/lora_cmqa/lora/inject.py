@@ -18,15 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..errors import AdapterError
-
-QWEN_V1_NAMES: dict[str, tuple[str, ...]] = {
-    "c_attn": ("q_proj", "k_proj", "v_proj"),
-    "c_proj": ("o_proj", "down_proj"),  # the same name stood in attention and in the MLP
-    "w1": ("up_proj",),
-    "w2": ("gate_proj",),
-    "wte": ("embed_tokens",),
-    "lm_head": ("lm_head",),
-}
+from ..models.sizes import QWEN_V1_NAMES
 
 _TAKES_LORA = (torch.nn.Linear, torch.nn.Embedding)
 

@@ -7,6 +7,7 @@ TEXT: dict[str, str] = {
     "cli.language": "Language: {language} (--lang, CMQA_LANG, or the locale).",
     "cli.demo": "The whole walk on the embedded sample and base, in a few minutes.",
     "cli.prepare": "Read, clean, split and account for every row.",
+    "cli.plan": "Every GiB of a run, whether it fits, and what to change.",
     "cli.train": "Train a LoRA adapter; run again to resume.",
     "cli.eval": "Base against adapter on held-out rows, with intervals.",
     "cli.chat": "Talk to the adapter; /base and /reset inside.",
@@ -75,6 +76,28 @@ TEXT: dict[str, str] = {
     "data.flag": "  {name}: {rows} rows to look at; their ids are in report.json.",
     "data.leak": "{pair}: {questions} of {of_questions} questions and {answers} of {of_answers} answers "
     "have a near-duplicate.",
+    # plan
+    "plan.title": "{model}, {recipe}: the fullest moment is {phase}",
+    "plan.row": "what",
+    "plan.sum": "peak",
+    "plan.fits": "It fits: {peak} of {memory} GiB ({device}).",
+    "plan.fits_not": "It does not fit: {peak} GiB are needed, {memory} GiB are there ({device}).",
+    "plan.changed": "As asked it would take {asked} GiB; the fastest that fits, with the same gradients: {changes}",
+    "plan.switch": "  {flag}: frees {frees} GiB, time {time} %, fits: {fits}",
+    "plan.switch_changes": "  {flag}: frees {frees} GiB, time {time} %, fits: {fits} (trains something else)",
+    "plan.yes": "yes",
+    "plan.no": "no",
+    "plan.phase": "  {name}: {gib} GiB ({where})",
+    "plan.host": "host",
+    "plan.device": "device",
+    "plan.epoch": "An epoch: {rows} rows, about {tokens} tokens (from characters), {flops} operations.",
+    "plan.epoch_time": "About {minutes} min on {device}, if it reaches {mfu} of its peak (an assumption).",
+    "plan.why_embeddings": 'The path {name} lacks "chat", so Qwen\'s finetune.py trains wte and lm_head whole, '
+    "{millions} million parameters with their gradients, moments and temporaries, {now} in all; {memory} are there. "
+    "Cutting the model to {half} layers gives {half_bytes}. Without wte and lm_head all layers take {without}, "
+    "and here the same job takes {ours}: no layer has to go.",
+    "plan.why_lora_only": 'The path {name} holds the word "chat", so Qwen\'s finetune.py trains LoRA alone: {now}; '
+    "{memory} are there. Here the same job takes {ours}.",
     # eval
     "eval.title": "{run} against its base {base}",
     "eval.metric": "metric",

@@ -7,6 +7,7 @@ TEXT: dict[str, str] = {
     "cli.language": "语言：{language}（由 --lang、CMQA_LANG 或系统区域决定）。",
     "cli.demo": "用内置样例和内置基座走完全程，只需几分钟。",
     "cli.prepare": "读取、清洗、切分，每一行都有去处。",
+    "cli.plan": "训练要用的每一 GiB、放不放得下、该改什么。",
     "cli.train": "训练 LoRA 适配器；再次运行即可续训。",
     "cli.eval": "在留出数据上比较基座与适配器，附置信区间。",
     "cli.chat": "与适配器对话；可用 /base 和 /reset。",
@@ -70,6 +71,28 @@ TEXT: dict[str, str] = {
     "data.rule": "  {name}：{rows} 行",
     "data.flag": "  {name}：{rows} 行需人工查看，编号在 report.json 中。",
     "data.leak": "{pair}：{of_questions} 个问题中有 {questions} 个、{of_answers} 条回答中有 {answers} 条存在近似重复。",
+    # plan
+    "plan.title": "{model}，{recipe}：占用最高的时刻是 {phase}",
+    "plan.row": "项目",
+    "plan.sum": "峰值",
+    "plan.fits": "放得下：需要 {peak} GiB，共有 {memory} GiB（{device}）。",
+    "plan.fits_not": "放不下：需要 {peak} GiB，只有 {memory} GiB（{device}）。",
+    "plan.changed": "按原设置需要 {asked} GiB；梯度不变而放得下的最快设置：{changes}",
+    "plan.switch": "  {flag}：省 {frees} GiB，时间 {time} %，放得下：{fits}",
+    "plan.switch_changes": "  {flag}：省 {frees} GiB，时间 {time} %，放得下：{fits}（训练的内容随之改变）",
+    "plan.yes": "是",
+    "plan.no": "否",
+    "plan.phase": "  {name}：{gib} GiB（{where}）",
+    "plan.host": "主机内存",
+    "plan.device": "设备",
+    "plan.epoch": "一遍：{rows} 行，约 {tokens} 词元（由字数估计），{flops} 次运算。",
+    "plan.epoch_time": "在 {device} 上约 {minutes} 分钟，前提是达到其峰值的 {mfu}（假设）。",
+    "plan.why_embeddings": '路径 {name} 中没有 "chat" 一词，所以 Qwen 的 finetune.py 会整体训练 wte 和 lm_head：'
+    "{millions} 百万参数，连同梯度、动量和临时量，共需 {now}；现有 {memory}。"
+    "砍到 {half} 层需要 {half_bytes}。不训练 wte 和 lm_head 时，全部层只需 {without}；"
+    "在这里同样的任务需要 {ours}：一层也不必砍。",
+    "plan.why_lora_only": '路径 {name} 中有 "chat" 一词，所以 Qwen 的 finetune.py 只训练 LoRA：{now}；'
+    "现有 {memory}。在这里同样的任务需要 {ours}。",
     # eval
     "eval.title": "{run} 与基座 {base} 的比较",
     "eval.metric": "指标",

@@ -80,6 +80,11 @@ SETTINGS: dict[str, str] = {
     "prepare drop_leaks": "舍弃与其他划分或 against 文件重复的训练行。",
     "prepare allow_spun": "即使数据像是机器改写的，也继续。",
     "prepare licence": "写入数据卡和模型卡的许可证。",
+    # plan
+    "gpu_memory": "如 24GiB；默认取 nvidia-smi 所见显卡的空闲显存，没有显卡则取本机空闲内存。",
+    "gpu": "显卡型号，用于估计一遍的时间：RTX 3090、RTX 4090、A100、L40S、H100、H200。",
+    "recipe": "qwen-finetune：改为列出 Qwen 原脚本的账目，并说明它为何放不下。",
+    "html": "把各时刻的条形图写入这个网页。",
     # eval, chat, compare, merge
     "run": "训练文件夹，或任何 PEFT 适配器的文件夹。",
     "base": "基座；默认为适配器所记的那个。",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import difflib
 import json
-import platform
 import re
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from ..errors import ModelError
 from . import qwen1, tiny
 from .cache import quiet_transformers
 from .depth import check_layers, refuse_more_layers, say_cost
+from .sizes import cpu_computes_in_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 BUILT_IN = ("embedded", "tiny", *(f"tiny-{kind}" for kind in tiny.KINDS))
@@ -300,10 +300,4 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def computes_in_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or platform.system() != "Linux":
-        return False
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
-    except OSError:
-        return False
-    return bool(words & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})  # x86, then ARM
+    return device.type == "cpu" and cpu_computes_in_bfloat16()

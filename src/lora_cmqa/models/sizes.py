@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import platform
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,16 @@ QWEN1_EARLY_KEYS = {
     "n_positions": "max_position_embeddings",
     "ffn_hidden_size": "intermediate_size",
     "padded_vocab_size": "vocab_size",
+}
+
+# Names of Qwen v1's modules -> the same layers by the names used here.
+QWEN_V1_NAMES: dict[str, tuple[str, ...]] = {
+    "c_attn": ("q_proj", "k_proj", "v_proj"),
+    "c_proj": ("o_proj", "down_proj"),  # the same name stood in attention and in the MLP
+    "w1": ("up_proj",),
+    "w2": ("gate_proj",),
+    "wte": ("embed_tokens",),
+    "lm_head": ("lm_head",),
 }
 
 
@@ -280,3 +291,14 @@ def _dtype(raw: dict[str, Any], file: Path) -> str:
     if found not in ("float32", "bfloat16", "float16", "float64"):
         raise ModelError(f"{found!r} is no dtype of weights", file=file, field="dtype")
     return found
+
+
+def cpu_computes_in_bfloat16() -> bool:
+    """Whether this machine's processor has bfloat16 instructions (elsewhere they would be emulated)."""
+    if platform.system() != "Linux":
+        return False
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split())
+    except OSError:
+        return False
+    return bool(words & {"avx512_bf16", "amx_bf16", "bf16", "svebf16"})  # x86, then ARM

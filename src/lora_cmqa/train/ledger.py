@@ -1,0 +1,307 @@
+"""Every byte of a run, by name: pure arithmetic over a Shape, no torch.
+
+    load        the base arrives
+    forward     all that the backward needs is kept, and the head works on a chunk of rows
+    backward    layer by layer, last first: a layer's gradients beside what the layers before it still keep
+    optimizer   gradients of all that is trained, both moments, one pass (fused AdamW makes no temporary)
+    evaluation  no gradient, nothing kept
+    save, merge on the host: the adapter's bytes; one shard of the base and its float32 sum
+
+The peak is the largest phase, its rows the ledger. What a layer keeps is read off lora/decoder.py and kernels/*, and
+tests measure it there. Bytes are bytes; GiB = 2**30.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ..models.sizes import Shape
+
+Quantization = Literal["none", "nf4", "int8"]
+VALUE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+# bitsandbytes, 4 bits with double quantisation: blocks of 64 weights share an 8-bit constant, 256 such constants a
+# float32 (functional.quantize_4bit with compress_statistics; QLoRA, arXiv 2305.14314, section 3).
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+SHARD_BYTES = 5 * 10**9  # of a published checkpoint's file: what a merge holds at once
+
+# CUDA: what the context and the libraries' workspaces take (cuBLAS 32 MiB on Hopper, 8 MiB before) beside torch's
+# allocator, and what the allocator holds beyond what is asked for.
+CUDA_CONTEXT = 450 * 2**20
+CUDA_SLACK = 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    name: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A moment of the run and all that lies in one memory then: the device's, or the host's beside it."""
+
+    name: str
+    rows: tuple[Row, ...]
+    on_host: bool = False
+
+    @property
+    def bytes(self) -> int:
+        return sum(row.bytes for row in self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What of a run's settings decides its memory. `dtype` is that of the base and of the activations."""
+
+    shape: Shape
+    dtype: str = "bfloat16"
+    quantization: Quantization = "none"
+    r: int = 64
+    targets: tuple[str, ...] | None = None  # of shape.linears; None: all seven
+    trained_whole: int = 0  # parameters of modules_to_save
+    max_tokens: int = 2048  # of a micro-batch
+    longest_row: int = 512
+    supervised: float = 1.0  # share of a micro-batch's tokens that are taught
+    checkpoint_layers: int = 0  # the first so many keep their input only
+    head_chunk: int = 256
+    on_gpu: bool = True
+
+    @property
+    def value_bytes(self) -> int:
+        return VALUE_BYTES[self.dtype]
+
+    @property
+    def tokens(self) -> int:
+        """Of the largest micro-batch: a row longer than max_tokens stands alone."""
+        return max(self.max_tokens, self.longest_row)
+
+    @property
+    def taught(self) -> int:
+        return max(1, round(self.tokens * self.supervised))
+
+
+# ---- what does not depend on the micro-batch -------------------------------------------------------------------------
+
+
+def weights(*, shape: Shape, value_bytes: int, quantization: Quantization) -> tuple[Row, ...]:
+    """The frozen base. Only the layers' matrices are quantised; embedding, head, norms and biases keep their dtype."""
+    matrices = shape.layers * shape.linear_parameters
+    others = shape.layers * shape.layer_parameters - matrices + shape.hidden
+    if quantization == "nf4":
+        layers = Row("weights: layers in NF4, constants included", round(matrices * NF4_BYTES))
+    elif quantization == "int8":
+        scales = 4 * shape.layers * sum(out for out, _ in shape.linears.values())  # float32, one a row
+        layers = Row("weights: layers in int8, scales included", matrices + scales)
+    else:
+        layers = Row("weights: layers", matrices * value_bytes)
+    rows = [layers, Row("weights: norms and biases", others * value_bytes)]
+    rows.append(Row("weights: embedding", shape.embedding_parameters * value_bytes))
+    if not shape.tied:
+        rows.append(Row("weights: head", shape.head_parameters * value_bytes))
+    return tuple(rows)
+
+
+def lora_value_bytes(value_bytes: int) -> int:
+    """LoRA weights, their gradients and moments are float32, float64 over a float64 base."""
+    return max(4, value_bytes)
+
+
+def trained(
+    *, lora_parameters: int, trained_whole: int, value_bytes: int, gradients: bool, moments: bool
+) -> tuple[Row, ...]:
+    """LoRA in its own dtype; modules_to_save as copies in the base's."""
+    lora, whole = lora_parameters * lora_value_bytes(value_bytes), trained_whole * value_bytes
+    rows = [Row("LoRA weights", lora)]
+    rows += [Row("LoRA gradients", lora)] * gradients + [Row("LoRA optimizer states", 2 * lora)] * moments
+    if trained_whole:
+        rows.append(Row("modules_to_save: copies", whole))
+        rows += [Row("modules_to_save: gradients", whole)] * gradients
+        rows += [Row("modules_to_save: optimizer states", 2 * whole)] * moments
+    return tuple(rows)
+
+
+# ---- what a micro-batch keeps ----------------------------------------------------------------------------------------
+
+
+def layer_keeps(
+    *, shape: Shape, r: int, targets: tuple[str, ...] | None, value_bytes: int, last: bool = False
+) -> float:
+    """Bytes a token that one layer keeps for its backward; `last`: after its attention only taught rows go on, and
+    this counts what all rows keep.
+
+    x                H   norm's input, the residual                 x'               H   (after the attention)
+    norm(x)          H   read by q k v                              norm(x')         H   read by gate, up
+    q k v product    q + 2 kv                                       gate up product  2 F
+    rotated q, k, v as attention reads them: 3 q                    inner            F   read by down
+    attention's output, and its copy that o reads: 2 q              (Gemma: inputs of both norms after, 2 H)
+    LoRA's x A'      r for each projection
+    """
+    h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.ffn
+    chosen = tuple(shape.linears) if targets is None else targets
+    first = [t for t in chosen if t[0] in "qkv"]
+    second = [t for t in chosen if t[0] not in "qkv"]
+    before = 2 * h + q + 2 * kv + 3 * q + 2 * q + r * len(first)
+    after = 2 * h + 3 * f + r * len(second) + (2 * h if shape.family == "gemma3" else 0)
+    exact = max(4, value_bytes)
+    inverses = exact * (2 + (shape.heads + shape.kv_heads if shape.head_norm else 0) + shape.heads)  # and log-sum-exps
+    return (before if last else before + after) * value_bytes + inverses
+
+
+def layer_keeps_taught(*, shape: Shape, r: int, targets: tuple[str, ...] | None, value_bytes: int) -> float:
+    """Bytes a taught token that the last layer keeps beyond `layer_keeps(last=True)`."""
+    args = {"shape": shape, "r": r, "targets": targets, "value_bytes": value_bytes}
+    return layer_keeps(**args) - layer_keeps(**args, last=True)  # type: ignore[arg-type]
+
+
+def kept(setup: Setup) -> tuple[Row, ...]:
+    """Activations at the end of the forward, but the last layer's share."""
+    s, v = setup.shape, setup.value_bytes
+    each = layer_keeps(shape=s, r=setup.r, targets=setup.targets, value_bytes=v)
+    saving = min(setup.checkpoint_layers, s.layers - 1)
+    rows = []
+    if saving:
+        rows.append(Row("activations: inputs of recomputed layers", saving * setup.tokens * s.hidden * v))
+    if s.layers - 1 - saving:
+        rows.append(Row("activations: layers", round((s.layers - 1 - saving) * setup.tokens * each)))
+    return tuple(rows)
+
+
+def last_layer_keeps(setup: Setup) -> Row:
+    s, v = setup.shape, setup.value_bytes
+    if setup.checkpoint_layers >= s.layers:
+        return Row("activations: last layer", setup.tokens * s.hidden * v)
+    args = {"shape": s, "r": setup.r, "targets": setup.targets, "value_bytes": v}
+    every = layer_keeps(**args, last=True)  # type: ignore[arg-type]
+    taught = layer_keeps_taught(**args)  # type: ignore[arg-type]
+    return Row("activations: last layer", round(setup.tokens * every + setup.taught * taught))
+
+
+# ---- the largest passing things --------------------------------------------------------------------------------------
+
+
+def head(setup: Setup) -> tuple[Row, ...]:
+    """kernels/head.py: logits of a chunk, their float32 tile, and the gradient of every taught row."""
+    s, v = setup.shape, setup.value_bytes
+    rows = min(setup.head_chunk, setup.taught)
+    tile = 0 if v >= 4 else rows if setup.on_gpu else min(8, rows)
+    return (
+        Row("head: logits of a chunk", rows * s.vocab * (v + 4 * tile // rows)),
+        Row("head: states and gradients of taught rows", 3 * setup.taught * s.hidden * v),
+    )
+
+
+def layer_backward(setup: Setup) -> Row:
+    """The gated MLP's backward: gradient of inner, of the joined product, and two temporaries; `inner` is gone."""
+    s, v = setup.shape, setup.value_bytes
+    return Row("backward of a layer's MLP", setup.tokens * (4 * s.ffn + s.hidden) * v)
+
+
+def layer_forward(setup: Setup) -> Row:
+    """Without gradient: residual, normed input, joined product, its gate."""
+    s, v = setup.shape, setup.value_bytes
+    return Row("forward of a layer", setup.tokens * (3 * s.hidden + 4 * s.ffn) * v)
+
+
+def dequantised(setup: Setup) -> tuple[Row, ...]:
+    """The largest matrix, written out in the dtype that is computed in."""
+    if setup.quantization == "none":
+        return ()
+    largest = max(out * inner for out, inner in setup.shape.linears.values())
+    return (Row("one weight dequantised", largest * setup.value_bytes),)
+
+
+# ---- the phases ------------------------------------------------------------------------------------------------------
+
+
+def phases(setup: Setup) -> tuple[Phase, ...]:
+    """All moments at which a memory may be fullest, in the order of a run."""
+    s, v = setup.shape, setup.value_bytes
+    base = weights(shape=s, value_bytes=v, quantization=setup.quantization)
+    lora = s.lora_parameters(setup.r, setup.targets)
+
+    def have(*, gradients: bool, moments: bool = True) -> tuple[Row, ...]:
+        return base + trained(
+            lora_parameters=lora,
+            trained_whole=setup.trained_whole,
+            value_bytes=v,
+            gradients=gradients,
+            moments=moments,
+        )
+
+    moments = {
+        "load": base + _largest_16_bit(setup),
+        "forward": (*have(gradients=True), *kept(setup), last_layer_keeps(setup), *head(setup)),
+        "backward": (
+            *have(gradients=True),
+            *kept(setup),
+            *_recomputed(setup),
+            layer_backward(setup),
+            *dequantised(setup),
+        ),
+        "optimizer": have(gradients=True),
+        "evaluation": (*have(gradients=False), layer_forward(setup), *head(setup), *dequantised(setup)),
+    }
+    rows = [Phase(name, (*there, *_around(setup, there))) for name, there in moments.items()]
+    adapter = lora * lora_value_bytes(v) + setup.trained_whole * v
+    rows.append(Phase("save", (Row("adapter and optimizer states on their way to disk", 4 * adapter),), on_host=True))
+    rows.append(Phase("merge", merge_rows(s), on_host=True))
+    return tuple(rows)
+
+
+def merge_rows(shape: Shape) -> tuple[Row, ...]:
+    """lora/merge.py: one shard at a time, each matrix summed in float32 and cast once."""
+    value = VALUE_BYTES[shape.dtype]
+    largest = max(shape.embedding_parameters, *(out * inner for out, inner in shape.linears.values()))
+    return (
+        Row("one shard of the base, read and written", 2 * min(SHARD_BYTES, shape.parameters * value)),
+        Row("one matrix in float32 and its change", 2 * 4 * largest),
+    )
+
+
+def _recomputed(setup: Setup) -> tuple[Row, ...]:
+    """The one layer whose activations are made again."""
+    if not setup.checkpoint_layers:
+        return ()
+    each = layer_keeps(shape=setup.shape, r=setup.r, targets=setup.targets, value_bytes=setup.value_bytes)
+    return (Row("activations: the layer that is recomputed", round(setup.tokens * each)),)
+
+
+def _largest_16_bit(setup: Setup) -> tuple[Row, ...]:
+    """While a base is quantised, one matrix is there in 16 bits."""
+    return tuple(Row("one weight before it is quantised", row.bytes) for row in dequantised(setup))
+
+
+def _around(setup: Setup, rows: tuple[Row, ...]) -> tuple[Row, ...]:
+    if not setup.on_gpu:
+        return ()
+    slack = round(CUDA_SLACK * sum(row.bytes for row in rows))
+    return (Row("CUDA context and libraries", CUDA_CONTEXT), Row("allocator slack", slack))
+
+
+def peak(setup: Setup) -> Phase:
+    """The fullest moment of the device."""
+    return max((p for p in phases(setup) if not p.on_host), key=lambda p: p.bytes)
+
+
+# ---- operations ------------------------------------------------------------------------------------------------------
+
+
+def flops_per_token(setup: Setup) -> float:
+    """Of the body, forward and backward: 2 a parameter forward, 2 for the gradient of the input (the base is frozen),
+    2 more where a layer is computed again; LoRA's own 6 a parameter."""
+    s = setup.shape
+    layer = s.linear_parameters
+    lora = 6 * s.lora_parameters(setup.r, setup.targets)
+    return 4 * s.layers * layer + 2 * min(setup.checkpoint_layers, s.layers) * layer + lora
+
+
+def flops_per_taught_token(shape: Shape) -> float:
+    """Of the head: 2 a parameter for the logits and 2 for the gradient."""
+    return 4 * shape.vocab * shape.hidden
+
+
+def flops_of_attention(shape: Shape, length: int, checkpointed: float) -> float:
+    """Of a row of `length` tokens in all layers: two products of n^2 / 2 by q_width forward, five backward."""
+    return (2 + 5 + 2 * checkpointed) * shape.layers * shape.q_width * length * length

@@ -1,0 +1,239 @@
+"""The plan: quick, without torch, adding up; true to Qwen's published table; the fastest settings that fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+
+from lora_cmqa.cli import main
+from lora_cmqa.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from lora_cmqa.errors import ConfigError, ModelError
+from lora_cmqa.models.sizes import SHAPES
+from lora_cmqa.train import plan as planning
+from lora_cmqa.train import qwen_recipe
+from lora_cmqa.train.ledger import Setup, peak, phases
+from lora_cmqa.train.plan import Memory, cost, explain, plan, solve
+
+GIB = 2**30
+CARD = Memory(24 * GIB, "gpu", free=False)
+# Qwen-7B, 32 layers, r 64, length 512, 16 rows a step, as the README that this project began from.
+SEED = Config(
+    model=ModelConfig(name_or_path="models/Qwen-7B"),
+    data=DataConfig(model_max_length=512),
+    lora=LoraConfig(r=64),
+    train=TrainConfig(per_device_train_batch_size=2, gradient_accumulation_steps=8, bf16=True),
+)
+
+
+def test_without_torch_in_under_two_seconds():
+    argv = ["plan", "--model", "Qwen-7B", "--gpu-memory", "24GiB", "--json"]
+    code = f"from lora_cmqa.cli import main; main({argv}); import sys; assert 'torch' not in sys.modules"
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert time.perf_counter() - started < 2
+    result = json.loads(done.stdout)
+    assert {"predicted_peak_bytes", "fits", "recipe", "ledger"} <= result.keys()
+    assert all(row.keys() == {"name", "bytes"} for row in result["ledger"])
+
+
+@pytest.mark.parametrize("recipe", ["ours", "qwen-finetune"])
+@pytest.mark.parametrize("model", SHAPES)
+def test_the_ledger_adds_up_for_every_shape(model, recipe):
+    config = replace(SEED, model=ModelConfig(name_or_path=model))
+    result = plan(config, gpu_memory="24GiB", recipe=recipe)
+    assert sum(row["bytes"] for row in result["ledger"]) == result["predicted_peak_bytes"]
+    for phase in result["phases"]:
+        assert sum(row["bytes"] for row in phase["ledger"]) == phase["bytes"]
+        assert all(row["bytes"] > 0 for row in phase["ledger"])
+    assert result["predicted_peak_bytes"] == max(p["bytes"] for p in result["phases"] if not p["on_host"])
+    assert result["fits"] == (result["predicted_peak_bytes"] <= 24 * GIB)
+
+
+# ---- the seed --------------------------------------------------------------------------------------------------------
+
+# QwenLM/Qwen, README, "Profiling of Memory and Speed": one A100-80G, FlashAttention 2, batch 1. (length, GB).
+PUBLISHED = {
+    "lora": {512: 20.4, 1024: 21.5},
+    "lora with embeddings": {512: 34.1, 1024: 35.2},
+    "q-lora": {512: 11.5, 1024: 12.3},
+}
+
+
+@pytest.mark.parametrize(("kind", "length"), [(k, n) for k, row in PUBLISHED.items() for n in row])
+def test_the_recipes_ledger_is_within_a_tenth_of_the_published_table_in_gb_and_in_gib(kind, length):
+    predicted = qwen_recipe.peak(
+        SHAPES["Qwen-7B"],
+        r=64,
+        length=length,
+        batch=1,
+        embeddings=kind == "lora with embeddings",
+        quantised=kind == "q-lora",
+        foreach_lists=2,
+    ).bytes
+    published = PUBLISHED[kind][length]
+    assert abs(predicted / 1e9 / published - 1) < 0.1
+    assert abs(predicted / GIB / published - 1) < 0.1
+
+
+def test_the_seeds_settings_fit_with_all_layers_and_take_less_than_its_own_script():
+    ours, theirs = (plan(SEED, gpu_memory="24GiB", recipe=r) for r in ("ours", "qwen-finetune"))
+    assert ours["fits"]
+    assert ours["predicted_peak_bytes"] < 24 * GIB < theirs["predicted_peak_bytes"]
+    assert not theirs["fits"]
+
+
+def test_the_seeds_failure_and_its_cure_are_named():
+    result = plan(SEED, gpu_memory="24GiB", recipe="qwen-finetune")
+    assert result["why"]["embedding_parameters"] == 1_244_659_712
+    assert any(row["name"].startswith("modules_to_save wte, lm_head") for row in result["ledger"])
+    assert result["why"]["without_embeddings_bytes"] < 24 * GIB
+    assert result["why"]["half_of_the_layers_bytes"] < 24 * GIB  # why the seed's user got away with 16 layers
+    text = explain(result)
+    for word in ("chat", "wte", "lm_head", "16"):
+        assert word in text
+    chat = replace(SEED, model=ModelConfig(name_or_path="models/Qwen-7B-Chat"))
+    cured = plan(chat, gpu_memory="24GiB", recipe="qwen-finetune")
+    assert cured["fits"]
+    assert cured["predicted_peak_bytes"] == result["why"]["without_embeddings_bytes"]
+
+
+def test_a_base_cut_to_its_first_layers():
+    whole, half = (
+        plan(replace(SEED, model=replace(SEED.model, num_hidden_layers=n)), gpu_memory="80GiB") for n in (None, 16)
+    )
+    assert whole["model"]["parameters"] - half["model"]["parameters"] == 16 * 202_395_648
+    assert half["predicted_peak_bytes"] < whole["predicted_peak_bytes"] - 6 * GIB
+
+
+def test_training_whole_modules_has_its_own_rows():
+    whole = replace(SEED, lora=LoraConfig(modules_to_save=("wte", "lm_head")))
+    result = plan(whole, gpu_memory="80GiB")
+    rows = {row["name"]: row["bytes"] for row in result["ledger"]}
+    assert rows["modules_to_save: copies"] == 2 * 1_244_659_712
+    assert rows["modules_to_save: optimizer states"] == 4 * 1_244_659_712
+    assert any(s["flag"] == "--modules-to-save none" and s["frees_bytes"] > 9 * GIB for s in result["switches"])
+
+
+# ---- the solver ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["Qwen-7B", "Qwen3-8B", "Qwen2.5-7B", "Qwen3-4B", "embedded"])
+@pytest.mark.parametrize("memory", [2, 8, 12, 16, 24, 80])
+def test_what_is_chosen_is_the_fastest_that_fits(model, memory):
+    asked, room = Setup(SHAPES.get(model) or planning.shape_of(model)), Memory(memory * GIB, "RTX 3090", free=False)
+    chosen = solve(asked, room)
+    assert chosen.max_tokens <= asked.max_tokens
+    assert chosen.longest_row == asked.longest_row
+    every = list(planning._candidates(asked))
+    fitting = [s for s in every if peak(s).bytes <= room.bytes * (1 - planning.MARGIN)]
+    if asked in fitting:
+        assert chosen == asked
+    elif fitting:
+        assert cost(chosen, room) == min(cost(s, room) for s in fitting)
+        assert chosen in fitting
+    else:
+        assert peak(chosen).bytes == min(peak(s).bytes for s in every)
+
+
+def test_each_switch_moves_memory_the_way_it_says():
+    setup = Setup(SHAPES["Qwen-7B"], max_tokens=2048)
+    now = peak(setup).bytes
+    for change in (
+        {"max_tokens": 1024},
+        {"checkpoint_layers": 8},
+        {"checkpoint_layers": 32},
+        {"r": 16},
+        {"head_chunk": 64},
+    ):
+        assert peak(replace(setup, **change)).bytes < now, change
+    for switch in planning.switches(setup, CARD):
+        if switch.flag == "--gradient-checkpointing":
+            assert switch.time == pytest.approx(0.5, abs=0.1)  # 4 operations a parameter become 6
+    assert peak(replace(setup, trained_whole=10**9)).bytes > now + 8 * 10**9
+
+
+def test_a_micro_batch_is_never_larger_than_a_step():
+    small = replace(SEED, train=replace(SEED.train, gradient_accumulation_steps=1, max_tokens=8192))
+    assert planning.setup_of(small, SHAPES["Qwen-7B"], on_gpu=True).tokens == 2 * 512
+
+
+def test_the_memory_of_the_card_it_sees(tmp_path, monkeypatch):
+    program = tmp_path / "nvidia-smi"
+    program.write_text("#!/bin/sh\necho 'NVIDIA GeForce RTX 3090, 23900'\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    result = plan(SEED)
+    assert result["memory"] == {"bytes": 23900 * 2**20, "device": "NVIDIA GeForce RTX 3090", "free": True}
+    assert plan(replace(SEED, model=ModelConfig("Qwen-7B", device="cpu")))["memory"]["device"] == "cpu"
+
+
+# ---- data, printing, bad input ---------------------------------------------------------------------------------------
+
+
+def test_operations_and_time_of_an_epoch(tmp_path):
+    file = tmp_path / "rows.json"
+    rows = [
+        {
+            "id": str(i),
+            "conversations": [{"from": "user", "value": "问" * 60}, {"from": "assistant", "value": "答" * 90}],
+        }
+        for i in range(10)
+    ]
+    file.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    config = replace(SEED, data=replace(SEED.data, path=str(file)))
+    epoch = plan(config, gpu_memory="24GiB", gpu="RTX 3090")["epoch"]
+    assert epoch["rows"] == 10
+    assert epoch["tokens"] == pytest.approx(10 * (0.67 * 150 + 10), abs=10)
+    body = 32 * SHAPES["Qwen-7B"].linear_parameters
+    assert 4 * body * epoch["tokens"] < epoch["flops"] < 5 * body * epoch["tokens"]
+    assert epoch["seconds"] == pytest.approx(epoch["flops"] / 71e12 / epoch["assumed_mfu"])
+
+
+@pytest.mark.parametrize("lang", ["en", "zh"])
+def test_the_table_and_the_page(lang, tmp_path, capsys):
+    page = tmp_path / "plan.html"
+    argv = ["--lang", lang, "plan", "--model", "models/Qwen-7B", "--gpu-memory", "24GiB", "--html", str(page)]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert "LoRA optimizer states" in out
+    assert "--gradient-checkpointing" in out
+    assert main([*argv, "--recipe", "qwen-finetune"]) == 0
+    assert "chat" in capsys.readouterr().out
+    text = page.read_text(encoding="utf-8")
+    assert f'lang="{lang}"' in text
+    assert "modules_to_save wte, lm_head" in text
+    assert not re.search(r"""(src|href)=["']?https?:""", re.sub(r"(?s)(<script[^>]*>).*?</script>", r"\1", text))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "says"),
+    [
+        ({"gpu_memory": "lots"}, ConfigError, "24GiB"),
+        ({"gpu": "RTX 9000", "gpu_memory": "24GiB"}, ConfigError, "RTX 3090"),
+        ({"model": "Qwen-8B", "gpu_memory": "24GiB"}, ModelError, "Qwen-7B"),
+        ({"targets": ("q_prj",), "gpu_memory": "24GiB"}, ConfigError, "q_proj"),
+        ({"whole": ("wtf",), "gpu_memory": "24GiB"}, ConfigError, "embed_tokens"),
+    ],
+)
+def test_bad_input_is_said(change, error, says):
+    config = replace(
+        SEED,
+        model=ModelConfig(name_or_path=change.pop("model", "Qwen-7B")),
+        lora=LoraConfig(target_modules=change.pop("targets", ("all-linear",)), modules_to_save=change.pop("whole", ())),
+    )
+    with pytest.raises(error) as caught:
+        plan(config, **change)
+    assert says in str(caught.value)
+
+
+def test_rows_of_all_phases_are_named_once():
+    for phase in phases(Setup(SHAPES["Qwen3-8B"], checkpoint_layers=4, trained_whole=5)):
+        names = [row.name for row in phase.rows]
+        assert len(names) == len(set(names))
