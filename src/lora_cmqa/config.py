@@ -119,6 +119,9 @@ class TrainConfig:
     """Trackers: tensorboard."""
     resume: Literal["auto", "anyway"] = "auto"
     """anyway: go on with a run that was started on other versions or another processor, and note it."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time: on a GPU a resumed run is exact with it, and slower. On a CPU it
+    is exact anyway."""
     memory_limit: str | None = None
     """"8GiB": memory above it is an error that the run answers (smaller micro-batches) instead of the process's end.
     On a GPU of torch's allocator; else of the process's data."""

@@ -2,120 +2,136 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from lora_cmqa.errors import Interrupted, ResourceError, RunError
-from lora_cmqa.train import checkpoint as ckpt
-from lora_cmqa.train import commit
+from lora_cmqa.config import as_yaml
+from lora_cmqa.errors import ConfigError, Interrupted, RunError
+from lora_cmqa.train import commit, loop
 from lora_cmqa.train.checkpoint import damage, list_checkpoints, newest_whole
 from lora_cmqa.train.loop import train
 
-# Trains as the command line does, and kills itself with SIGKILL at a chosen moment: before its n-th step, in the middle
-# of the n-th file that is written into a checkpoint, or when the n-th checkpoint waits for its rename.
-CHILD = """
-import os, signal, sys
-from pathlib import Path
-from lora_cmqa.config import Config, parse
-from lora_cmqa.train import commit, loop
+from .conftest import in_a_child, outcome, sha256, without_time
 
-where, count = sys.argv[2], int(sys.argv[3])
-owner, name = {
-    "step": (loop, "train_step"),
-    "write": (commit, "_write_synced"),
-    "rename": (commit, "sync_folder"),
-}[where]
-real, calls = getattr(owner, name), 0
-
-def counted(*args, **kwargs):
-    global calls
-    calls += where == "step" or ".checkpoint-" in str(args[0])
-    if calls == count:
-        if where == "write":  # torn in the middle
-            Path(args[0]).write_bytes(args[1][: len(args[1]) // 2])
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*args, **kwargs)
-
-setattr(owner, name, counted)
-loop.train(parse(Config, yaml_file=sys.argv[1]))
-"""
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def without_time(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "time"} for line in lines]
-
-
-def outcome(run: Path) -> dict:
-    """All that must not depend on how often a run was stopped."""
-    last = list_checkpoints(run)[-1]
-    return {
-        "adapter": sha256(run / "adapter_model.safetensors"),
-        "optimizer": sha256(last / "optimizer.safetensors"),
-        # Python's own generator is stored too, but a library's first import in a fresh process may draw from it.
-        "rng": {k: v for k, v in json.loads((last / "rng_state.json").read_text()).items() if k != "python"},
-        "state": json.loads((run / "trainer_state.json").read_text()),
-        "metrics": without_time(run),
-        "card": (run / "README.md").read_text(),
-    }
+pytestmark = pytest.mark.usefixtures("one_thread")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
-def to_the_end(settings, tmp_path):
-    """What a run of 7 steps that nobody stops gives; with dropout, a dev set, and a best that is not the last."""
-    config = settings(output_dir=str(tmp_path / "whole"), max_steps=7, learning_rate=0.05)
-    return outcome(train(config))
+def seven(settings):
+    """seven() -> settings of a run of 7 steps with dropout, a dev set, and a best that is not the last."""
+    return lambda **train: settings(max_steps=7, learning_rate=0.05, **train)
 
 
-def config_file(settings, tmp_path) -> Path:
-    from lora_cmqa.config import as_yaml
-
-    file = tmp_path / "config.yaml"
-    file.write_text(as_yaml(settings(max_steps=7, learning_rate=0.05)))
-    return file
+@pytest.fixture
+def to_the_end(seven, tmp_path):
+    """What it gives when nobody stops it."""
+    return outcome(train(seven(output_dir=str(tmp_path / "whole"))))
 
 
-def killed(file: Path, where: str, count: int) -> None:
-    done = subprocess.run([sys.executable, "-c", CHILD, str(file), where, str(count)], capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-2000:]
+def killed(config, where: str, count: int) -> None:
+    """Train in a child that kills itself with SIGKILL: before its n-th step, in the middle of the n-th file that is
+    written into a checkpoint, or when the n-th checkpoint is whole and waits for its rename."""
+    owner, name = {"step": (loop, "train_step"), "write": (commit, "_write_synced"), "rename": (commit, "sync_folder")}[
+        where
+    ]
+    real, calls = getattr(owner, name), 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += where == "step" or ".checkpoint-" in str(args[0])
+        if calls == count:
+            if where == "write":
+                Path(args[0]).write_bytes(args[1][: len(args[1]) // 2])
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    def child():
+        setattr(owner, name, counted)
+        train(config)
+
+    assert in_a_child(child) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize(
     ("where", "count"),
     [("step", 1), ("step", 4), ("step", 6), ("write", 5), ("write", 37), ("rename", 2)],
 )
-def test_killed_once_and_started_again(settings, tmp_path, to_the_end, where, count):
-    killed(config_file(settings, tmp_path), where, count)
-    assert outcome(train(settings(max_steps=7, learning_rate=0.05))) == to_the_end
+def test_case_37_killed_once_and_started_again(seven, to_the_end, where, count):
+    killed(seven(), where, count)
+    assert outcome(train(seven())) == to_the_end
 
 
-def test_killed_twice_inside_the_same_save(settings, tmp_path, to_the_end):
-    file = config_file(settings, tmp_path)
-    killed(file, "write", 9)
+def test_case_37_killed_twice_inside_the_same_save(seven, tmp_path, to_the_end):
     run = tmp_path / "run"
-    assert [p.name for p in run.glob(".checkpoint-*")] == [".checkpoint-2.tmp"]
-    killed(file, "write", 12)
-    assert [p.name for p in run.glob(".checkpoint-*")] == [".checkpoint-2.tmp"]
-    assert outcome(train(settings(max_steps=7, learning_rate=0.05))) == to_the_end
-    assert not list(run.glob(".checkpoint-*"))
+    for count in (9, 12):
+        killed(seven(), "write", count)
+        assert [p.name for p in run.glob(".checkpoint-*")] == [".checkpoint-2.tmp"]
+    assert outcome(train(seven())) == to_the_end
+    assert not list(run.glob(".*"))
+
+
+def test_case_39_half_the_steps_and_the_other_half_are_all_the_steps(seven, tmp_path, to_the_end):
+    """2N steps = N steps, an end, N steps: in processes of their own, by the command line."""
+    config = tmp_path / "config.yaml"
+    config.write_text(as_yaml(seven()))
+    killed(seven(), "step", 5)
+    command = [sys.executable, "-m", "lora_cmqa.cli", "train", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint-4" in done.stderr
+    assert outcome(tmp_path / "run") == to_the_end
+    before = every_file(tmp_path / "run")
+    assert subprocess.run(command, capture_output=True, timeout=120, check=False).returncode == 0  # finished already
+    assert every_file(tmp_path / "run") == before
+
+
+def test_a_run_depends_on_no_random_state_that_is_not_stored(seven, to_the_end, monkeypatch):
+    """Python's and numpy's global generators are shaken before each step: outsiders draw from them, we do not."""
+    real = loop.train_step
+
+    def shaken(*args, **kwargs):
+        random.seed()
+        np.random.seed()
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", shaken)
+    assert outcome(train(seven())) == to_the_end
+
+
+def test_deterministic_kernels_are_asked_for_and_given_back(seven, tmp_path, to_the_end, monkeypatch):
+    real, asked = loop.train_step, []
+
+    def seen(*args, **kwargs):
+        asked.append(torch.are_deterministic_algorithms_enabled())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", seen)
+    killed(seven(deterministic=True), "step", 4)
+    ours = outcome(train(seven(deterministic=True)))
+    assert asked
+    assert all(asked)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert {k: v for k, v in ours.items() if k != "card"} == {k: v for k, v in to_the_end.items() if k != "card"}
+    monkeypatch.setattr(loop, "train_step", lambda *_, **__: torch.zeros(2).put_(torch.tensor([0]), torch.ones(1)))
+    with pytest.raises(ConfigError, match="put_ does not have a deterministic"):
+        train(seven(deterministic=True, output_dir=str(tmp_path / "other")))
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_leaves_a_checkpoint_at_the_next_step(settings, tmp_path, to_the_end, monkeypatch, number, code):
-    from lora_cmqa.train import loop
-
+def test_case_40_a_signal_leaves_a_checkpoint_at_the_next_step(seven, tmp_path, to_the_end, monkeypatch, number, code):
     real, calls = loop.train_step, []
 
     def signalled(*args, **kwargs):
@@ -127,15 +143,32 @@ def test_a_signal_leaves_a_checkpoint_at_the_next_step(settings, tmp_path, to_th
 
     monkeypatch.setattr(loop, "train_step", signalled)
     with pytest.raises(Interrupted) as stopped:
-        train(settings(max_steps=7, learning_rate=0.05))
+        train(seven())
     assert stopped.value.exit_code == code
     assert list_checkpoints(tmp_path / "run")[-1].name == "checkpoint-3"
-    assert outcome(train(settings(max_steps=7, learning_rate=0.05))) == to_the_end
+    assert outcome(train(seven())) == to_the_end
 
 
-def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(settings, tmp_path, to_the_end, monkeypatch):
-    from lora_cmqa.train import loop
+def test_case_40_a_second_signal_inside_the_save_is_harmless(seven, tmp_path, to_the_end, monkeypatch):
+    real, saved = loop.save_checkpoint, []
 
+    def signalled(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        saved.append(real(*args, **kwargs))
+        os.kill(os.getpid(), signal.SIGINT)
+        return saved[-1]
+
+    with monkeypatch.context() as m:
+        m.setattr(loop, "save_checkpoint", signalled)
+        with pytest.raises(Interrupted) as stopped:
+            train(seven())
+    assert stopped.value.exit_code == 143  # the first one counts
+    assert [p.name for p in saved] == ["checkpoint-2"]
+    assert damage(saved[0]) is None
+    assert outcome(train(seven())) == to_the_end
+
+
+def test_case_40_a_signal_during_the_evaluation_does_not_wait_for_its_end(seven, tmp_path, to_the_end, monkeypatch):
     real, calls = loop.token_losses, []
 
     def signalled(*args, **kwargs):
@@ -147,15 +180,15 @@ def test_a_signal_during_the_evaluation_does_not_wait_for_its_end(settings, tmp_
     packs = 2
     monkeypatch.setattr(loop, "token_losses", signalled)
     with pytest.raises(Interrupted):
-        train(settings(max_steps=7, learning_rate=0.05))
+        train(seven())
     assert len(calls) == packs + 1
     assert [line["step"] for line in without_time(tmp_path / "run")] == [0, 1, 2]  # no dev line of step 2 yet
-    assert outcome(train(settings(max_steps=7, learning_rate=0.05))) == to_the_end
+    assert outcome(train(seven())) == to_the_end
 
 
 @pytest.mark.parametrize("how", ["torn", "tampered", "no manifest", "file missing", "emptied manifest"])
-def test_a_damaged_checkpoint_is_named_and_skipped(settings, tmp_path, to_the_end, capsys, how):
-    killed(config_file(settings, tmp_path), "step", 6)  # checkpoints 2 and 4 are there
+def test_case_37_a_damaged_checkpoint_is_named_and_skipped(seven, tmp_path, to_the_end, capsys, how):
+    killed(seven(), "step", 6)  # checkpoints 2 and 4 are there
     run = tmp_path / "run"
     newest = run / "checkpoint-4"
     weights = newest / "optimizer.safetensors"
@@ -172,119 +205,137 @@ def test_a_damaged_checkpoint_is_named_and_skipped(settings, tmp_path, to_the_en
     else:
         (newest / "manifest.json").write_text('{"files": {}}')
     assert newest_whole(run)[0] == run / "checkpoint-2"
-    assert outcome(train(settings(max_steps=7, learning_rate=0.05))) == to_the_end
+    assert outcome(train(seven())) == to_the_end
     assert "checkpoint-4" in capsys.readouterr().err
 
 
-def test_a_finished_run_started_again_changes_no_byte(settings, capsys):
+# ---- what a resume takes as it was ----------------------------------------------------------------------------------
+
+
+def every_file(run: Path) -> dict[Path, tuple[int, str]]:
+    return {p: (p.stat().st_mtime_ns, sha256(p)) for p in run.rglob("*") if p.is_file()}
+
+
+def test_a_finished_run_started_again_changes_no_byte(settings):
     run = train(settings(max_steps=3))
-    before = {p: (p.stat().st_mtime_ns, sha256(p)) for p in run.rglob("*") if p.is_file()}
+    before = every_file(run)
     started = time.perf_counter()
     assert train(settings(max_steps=3)) == run
     assert time.perf_counter() - started < 1
-    assert {p: (p.stat().st_mtime_ns, sha256(p)) for p in run.rglob("*") if p.is_file()} == before
+    assert every_file(run) == before
 
 
 def test_other_settings_are_refused_by_name(settings):
     train(settings(max_steps=3))
-    with pytest.raises(RunError, match=r"learning-rate 0.005 then, 0.001 now"):
-        train(settings(max_steps=3, learning_rate=1e-3))
+    with pytest.raises(RunError, match=r"learning-rate 0.005 then, 0.001 now, --train.seed 42 then, 7 now\)"):
+        train(settings(max_steps=3, learning_rate=1e-3, seed=7))
     train(settings(max_steps=3, logging_steps=5))  # changes nothing that is computed
 
 
-def test_another_environment_is_refused_by_name_and_taken_anyway(settings, tmp_path):
-    killed(config_file(settings, tmp_path), "step", 4)
+@pytest.mark.parametrize(
+    ("place", "then", "named"),
+    [
+        (("versions", "torch"), "1.0", r"\(versions: torch 1\.0 then, torch 2\.\S+ now\)"),
+        (("processor",), "abacus", r"\(processor: abacus then, .+ now\)"),
+        (("device",), "NVIDIA X", r"\(device: NVIDIA X then, cpu now\)"),
+        (("float32_matmul_precision",), "high", r"\(float32_matmul_precision: high then, highest now\)"),
+    ],
+)
+def test_another_machine_is_refused_by_name_and_taken_anyway(seven, tmp_path, place, then, named):
+    killed(seven(), "step", 4)
     file = tmp_path / "run" / "environment.json"
     stored = json.loads(file.read_text())
-    stored["versions"]["torch"] = "1.0"
+    (stored["versions"] if len(place) == 2 else stored)[place[-1]] = then
     file.write_text(json.dumps(stored))
-    with pytest.raises(RunError, match=r"torch 1\.0"):
-        train(settings(max_steps=7, learning_rate=0.05))
-    train(settings(max_steps=7, learning_rate=0.05, resume="anyway"))
-    assert json.loads(file.read_text())["resumed_elsewhere"][0]["versions"]["torch"] != "1.0"
+    with pytest.raises(RunError, match=named):
+        train(seven())
+    train(seven(resume="anyway"))
+    noted = json.loads(file.read_text())
+    assert {k: v for k, v in noted.items() if k != "resumed_elsewhere"} == stored
+    assert (noted["resumed_elsewhere"][0] | {"threads": 1})["dtype"] == "float32"
 
 
-def test_two_runs_in_one_folder(settings, tmp_path):
-    from lora_cmqa.train.run_folder import RunLock, open_run_folder
+def test_the_thread_count_is_taken_as_it_was(seven, to_the_end, monkeypatch):
+    killed(seven(), "step", 4)
+    real, seen = loop.train_step, []
+    monkeypatch.setattr(loop, "train_step", lambda *a, **k: (seen.append(torch.get_num_threads()), real(*a, **k))[1])
+    torch.set_num_threads(2)
+    assert outcome(train(seven())) == to_the_end
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
 
-    run = tmp_path / "run"
-    open_run_folder(run)
-    with RunLock(run), pytest.raises(RunError, match=str(os.getpid())):
-        train(settings(max_steps=2))
-    assert not (run / "run.lock").exists()
-    (run / "run.lock").write_text('{"pid": 1, "host": "gone"}')  # of a killed run: nobody holds it
+
+def test_the_dtype_that_auto_chose_is_taken_as_it_was(settings, tmp_path, monkeypatch):
+    config = settings(max_steps=4)
+    config = replace(config, model=replace(config.model, dtype="auto"))
+    real = loop.pick_dtype
+    for auto, where in (("bfloat16", "killed"), ("float32", "resumed")):  # what auto would choose at each start
+        monkeypatch.setattr(
+            loop, "pick_dtype", lambda name, device, auto=auto: real(auto if name == "auto" else name, device)
+        )
+        if where == "killed":
+            killed(config, "step", 3)
+        else:
+            train(config)
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_other_rows_are_refused(settings, tmp_path, rows_file):
+    """Under the same path: the training rows by the stream's place, the dev rows by their hash."""
+    dev = tmp_path / "dev.json"
+    rows = json.loads(rows_file.read_text())
+    dev.write_text(json.dumps(rows[:4]))
+    config = settings(max_steps=4)
+    config = replace(config, data=replace(config.data, dev_path=str(dev), dev_fraction=0.0))
+    killed(config, "step", 3)
+    dev.write_text(json.dumps(rows[1:5]))
+    with pytest.raises(RunError, match="dev rows are not those"):
+        train(config)
+    dev.write_text(json.dumps(rows[:4]))
+    rows_file.write_text(json.dumps(rows[:-1]))
+    with pytest.raises(RunError, match="rows: 24 then, 23 now"):
+        train(config)
+
+
+def test_a_start_that_was_killed_before_its_settings_were_written_binds_nobody(settings, tmp_path):
+    def child():
+        loop.write_settings = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        train(replace(settings(), model=replace(settings().model, dtype="float64")))
+
+    assert in_a_child(child) == -signal.SIGKILL
     train(settings(max_steps=2))
+    assert json.loads((tmp_path / "run" / "environment.json").read_text())["dtype"] == "float32"
 
 
-# ---- out of disk -------------------------------------------------------------------------------------------------
+def test_a_broken_environment_file_is_named(seven, tmp_path):
+    killed(seven(), "step", 4)
+    (tmp_path / "run" / "environment.json").write_text("{}")
+    with pytest.raises(RunError, match=r"environment\.json"):
+        train(seven())
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole_and_is_resumable(settings, tmp_path, to_the_end, monkeypatch):
-    real = commit._write_synced
-
-    def full(file, content):
-        if ".checkpoint-4.tmp" in str(file) and file.name == "optimizer.safetensors":
-            with open("/dev/full", "wb", buffering=0) as f:
-                f.write(content)
-        real(file, content)
-
-    with monkeypatch.context() as m:
-        m.setattr(commit, "_write_synced", full)
-        with pytest.raises(ResourceError, match="checkpoint-2 is whole") as failed:
-            train(settings(max_steps=7, learning_rate=0.05))
-    assert failed.value.exit_code == 3
-    run = tmp_path / "run"
-    assert damage(run / "checkpoint-2") is None
-    assert not list(run.glob(".checkpoint-*"))
-    assert outcome(train(settings(max_steps=7, learning_rate=0.05))) == to_the_end
+# ---- one process at a time ------------------------------------------------------------------------------------------
 
 
-def test_a_file_size_limit_is_a_full_disk(settings, tmp_path):
-    """The real thing, in a child under RLIMIT_FSIZE: exit code 3, one clear line, no traceback."""
-    code = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (90_000, 90_000));"
-        "from lora_cmqa.cli import main; sys.exit(main(sys.argv[1:]))"
-    )
-    words = ["train", str(config_file(settings, tmp_path))]
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 3, done.stderr
-    assert "checkpoint-2 could not be written" in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "run").glob(".checkpoint-*"))
-
-
-def test_older_checkpoints_make_room_for_a_new_one(settings, monkeypatch, tmp_path):
-    """Where the settings allow pruning, a full disk is met by it before the run gives up."""
-    real, removed = commit.check_space, []
-
-    def full_once(folder, needed):
-        if len(list_checkpoints(folder)) > 1:
-            raise OSError(28, "No space left on device")
-        real(folder, needed)
-
-    monkeypatch.setattr(commit, "check_space", full_once)
-    monkeypatch.setattr(ckpt, "prune", lambda run, keep, real=ckpt.prune: (removed.append(keep), real(run, keep)))
-    train(settings(max_steps=7, save_steps=1))
-    assert 1 in removed
-    assert damage(list_checkpoints(tmp_path / "run")[-1]) is None
-
-
-def test_nothing_that_is_written_is_a_pickle_and_none_is_read(settings, tmp_path, monkeypatch):
-    """Booby-trapped files of HF Trainer's names lie in the checkpoint; a resume never opens them."""
-    import pickle
-
-    config = config_file(settings, tmp_path)
-    killed(config, "step", 4)
-    canary = tmp_path / "canary"
-
-    class Trap:
-        def __reduce__(self):
-            return (Path.touch, (canary,))
-
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "adapter_model.bin"):
-        (tmp_path / "run" / "checkpoint-2" / name).write_bytes(pickle.dumps(Trap()))
-    run = train(settings(max_steps=7, learning_rate=0.05))
-    assert not canary.exists()
-    written = {p.name for p in (run / "checkpoint-7").iterdir()}
-    assert written >= {"manifest.json", "optimizer.safetensors", "scheduler.json", "rng_state.json", "data_state.json"}
-    assert {Path(n).suffix for n in written} <= {".json", ".safetensors", ".md", ".jinja"}
+def test_the_lock_of_a_running_process_names_it(settings, tmp_path):
+    """Another process holds the folder: refused with its pid, host and start; killed, it keeps nobody out."""
+    run, ready = tmp_path / "run", tmp_path / "ready"
+    holder = os.fork()
+    if holder == 0:
+        loop.train_step = lambda *_, **__: (ready.touch(), time.sleep(60))
+        train(settings(max_steps=2))
+        os._exit(1)
+    try:
+        while not ready.exists():
+            time.sleep(0.01)
+        about = json.loads((run / "run.lock").read_text())
+        assert (about["pid"], about["host"]) == (holder, socket.gethostname())
+        assert time.strptime(about["started"], "%Y-%m-%dT%H:%M:%S%z")
+        with pytest.raises(RunError, match=f'"pid": {holder}.*"host".*"started"'):
+            train(settings(max_steps=2))
+    finally:
+        os.kill(holder, signal.SIGKILL)
+        os.waitpid(holder, 0)
+    assert (run / "run.lock").exists()  # stale: nobody holds it
+    train(settings(max_steps=2))
+    assert not (run / "run.lock").exists()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -66,12 +66,7 @@ class BatchStream:
 
     @cached_property
     def _rows_sha256(self) -> str:
-        digest = hashlib.sha256()
-        for row in self.rows:
-            digest.update(len(row).to_bytes(8, "little"))
-            digest.update(row.input_ids.tobytes())
-            digest.update(row.labels.tobytes())
-        return digest.hexdigest()
+        return rows_sha256(self.rows)
 
     def resume(self, state: dict[str, Any]) -> None:
         """Go on after the batch that was given out with `state`. Raises RunError when the rows are other rows."""
@@ -114,3 +109,13 @@ class BatchStream:
             generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
             cached = self._cached_order = (epoch, generator.permutation(len(self.rows)).tolist())
         return cached[1]
+
+
+def rows_sha256(rows: Iterable[TokenizedExample]) -> str:
+    """Of the very tokens and labels, in their order."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(len(row).to_bytes(8, "little"))
+        digest.update(row.input_ids.tobytes())
+        digest.update(row.labels.tobytes())
+    return digest.hexdigest()

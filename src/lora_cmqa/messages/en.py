@@ -56,6 +56,7 @@ TEXT: dict[str, str] = {
     "train.passed_over": "Passed over a checkpoint: {reason}",
     "train.already_done": "{run} is complete already; nothing was changed.",
     "train.bad_batch": "step {step}: loss or gradient is not finite; nothing was changed, the rows are in {file}.",
+    "train.loss_spike": "step {step}: loss {loss} where {usual} was usual. The step was applied.",
     "train.recut": "step {step}: out of memory; its rows and all later ones are cut into "
     "micro-batches of at most {max_tokens} tokens. No gradient changes.",
     "train.done": "{steps} steps in {minutes} min. Adapter: {which}.",

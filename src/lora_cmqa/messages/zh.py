@@ -53,6 +53,7 @@ TEXT: dict[str, str] = {
     "train.passed_over": "跳过一个检查点：{reason}",
     "train.already_done": "{run} 已经完成，没有改动任何文件。",
     "train.bad_batch": "第 {step} 步：损失或梯度不是有限值；未作更新，相关行记在 {file}。",
+    "train.loss_spike": "第 {step} 步：损失 {loss}，此前通常为 {usual}；这一步已更新。",
     "train.recut": "第 {step} 步：内存不足；这一步及以后的数据改为每个微批最多 {max_tokens} 个词元。梯度不变。",
     "train.done": "{steps} 步，用时 {minutes} 分钟。适配器：{which}。",
     "train.which_best": "第 {step} 步，验证损失最低 {dev_loss}",

@@ -55,6 +55,7 @@ SETTINGS: dict[str, str] = {
     "train.seed": "决定行的顺序与 LoRA 的初值。",
     "train.report_to": "跟踪器：tensorboard。",
     "train.resume": "anyway：在其他版本或处理器上继续原来的训练，并记录下来。",
+    "train.deterministic": "只用每次结果逐位相同的内核：显卡上据此可以精确续训，但更慢；CPU 本来就精确。",
     "train.memory_limit": "如 8GiB：超出时报错而不被系统杀掉，训练改用更小的微批。显卡：分配器；否则：进程数据段。",
     "train.max_bad_steps": "损失或梯度不是有限数的一步不会生效；连续超过这么多步就结束训练。",
     # evaluate

@@ -3,7 +3,7 @@
     adapter_config.json  adapter_model.safetensors  README.md  tokenizer files     loads with plain PEFT
     optimizer.safetensors      both moments and the step count of every parameter
     scheduler.json             the whole schedule and where it stands
-    rng_state.json             torch (CPU and each GPU), numpy, Python
+    rng_state.json             torch's generators: the CPU's and the run's GPU's
     data_state.json            the stream's place
     trainer_state.json         progress, best so far
     training_args.json         every setting
@@ -17,14 +17,12 @@ from __future__ import annotations
 
 import base64
 import json
-import random
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
@@ -50,6 +48,7 @@ class Checkpoint:
     step: int
     trainer_state: dict[str, Any]
     data_state: dict[str, Any]
+    rng_state: dict[str, str | None]  # for `restore_rng_state`, right before the first step
 
 
 def save_checkpoint(
@@ -78,7 +77,7 @@ def save_checkpoint(
         **adapter_files(model, base_model_name_or_path=base_model_name_or_path),
         OPTIMIZER: save(optimizer_state, metadata={"format": "pt"}),
         SCHEDULER: _json(asdict(schedule) | {"step": step}),
-        RNG: _json(rng_state()),
+        RNG: _json(rng_state(next(model.parameters()).device)),
         DATA: _json(data_state),
         STATE: _json(trainer_state),
         ARGS: _json(training_args),
@@ -111,7 +110,8 @@ def _commit_or_make_room(folder: Path, files: Mapping[str, bytes | Path], *, may
 
 
 def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, schedule: Schedule) -> Checkpoint:
-    """The inverse of `save_checkpoint`: weights, optimizer and every RNG are put back in place.
+    """The inverse of `save_checkpoint`: weights and optimizer are put back in place. The random state is only given:
+    what the caller still sets up may draw, so `restore_rng_state` comes last.
 
     Raises RunError when the checkpoint's tensors or schedule are not those of this run.
     """
@@ -124,9 +124,8 @@ def load_checkpoint(folder: Path, model: Any, optimizer: torch.optim.Optimizer, 
         raise RunError(f"its schedule is {stored}, this run's is {asdict(schedule)}", file=folder / SCHEDULER)
     set_peft_model_state_dict(model, tensors)
     restore_optimizer(optimizer, lora_parameters(model), load_file(folder / OPTIMIZER))
-    restore_rng_state(_read(folder / RNG))
     state = _read(folder / STATE)
-    return Checkpoint(folder, state["global_step"], state, _read(folder / DATA))
+    return Checkpoint(folder, state["global_step"], state, _read(folder / DATA), _read(folder / RNG))
 
 
 # ---- which checkpoints there are ---------------------------------------------------------------------------------
@@ -182,32 +181,25 @@ def prune(run: Path, keep: int) -> None:
 # ---- every random state ------------------------------------------------------------------------------------------
 
 
-def seed_all(seed: int) -> None:
-    """Every global generator, as HF's set_seed."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)  # the GPUs' too
+# A run draws from torch's global generators alone. Python's and numpy's are left out on purpose: an outsider's first
+# import may draw from them (rich does), so they would differ between a fresh process and one that has trained before.
+# A test holds that nothing here depends on them.
 
 
-def rng_state() -> dict[str, Any]:
-    """torch's, numpy's and Python's global generators as JSON."""
-    kind, keys, position, has_gauss, gauss = np.random.get_state()
+def rng_state(device: torch.device) -> dict[str, str | None]:
+    """torch's generator of the CPU, and that of `device` where it is a GPU, as base64."""
     return {
         "torch": _text(torch.get_rng_state()),
-        "cuda": [_text(s) for s in torch.cuda.get_rng_state_all()] if torch.cuda.is_available() else [],
-        "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(gauss)],
-        "python": random.getstate(),
+        "cuda": _text(torch.cuda.get_rng_state(device)) if device.type == "cuda" else None,
     }
 
 
-def restore_rng_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(_tensor(state["torch"]))
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([_tensor(s) for s in state["cuda"]])
-    kind, keys, position, has_gauss, gauss = state["numpy"]
-    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, gauss))
-    version, internal, gauss_next = state["python"]
-    random.setstate((version, tuple(internal), gauss_next))
+def restore_rng_state(state: dict[str, str | None], device: torch.device) -> None:
+    """The inverse of `rng_state`."""
+    if state["torch"] is not None:
+        torch.set_rng_state(_tensor(state["torch"]))
+    if device.type == "cuda" and state["cuda"] is not None:
+        torch.cuda.set_rng_state(_tensor(state["cuda"]), device)
 
 
 def _text(state: torch.Tensor) -> str:

@@ -33,7 +33,8 @@ def write_file(file: Path, content: bytes) -> None:
         _write_synced(temporary, content)
         os.replace(temporary, file)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # the first error is the one to tell
+            temporary.unlink()
         raise
     sync_folder(file.parent)
 
@@ -78,10 +79,13 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_leftovers(parent: Path, pattern: str) -> None:
-    """What killed commits of folders named like `pattern` left under their temporary names."""
-    for leftover in [*parent.glob(f".{pattern}.tmp"), *parent.glob(f".{pattern}.old")]:
-        shutil.rmtree(leftover, ignore_errors=True)
+def remove_leftovers(parent: Path) -> None:
+    """What killed writes and commits left in `parent` under their temporary names."""
+    for leftover in [*parent.glob(".*.tmp"), *parent.glob(".*.old")]:
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
 
 
 def check_space(folder: Path, needed: int) -> None:

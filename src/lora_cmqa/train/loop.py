@@ -28,7 +28,7 @@ from ..config import Config, as_flat_dict, bytes_of
 from ..core import Batch, Example, Pack, StepMetrics, TokenizedExample
 from ..data.pack import pack
 from ..data.prepare import load_split
-from ..data.stream import BatchStream
+from ..data.stream import BatchStream, rows_sha256
 from ..data.template import ChatTemplate, EncodeReport, encode_all
 from ..errors import ConfigError, DataError, Interrupted, RunError
 from ..kernels.head import CHUNK
@@ -39,8 +39,9 @@ from ..lora.fingerprint import check_fingerprint
 from ..lora.inject import QWEN_V1_NAMES, inject_lora, lora_parameters
 from ..messages import say
 from ..models.load import base_name, load_model, pick_device, pick_dtype
-from .checkpoint import BEST, load_checkpoint, newest_whole, save_checkpoint, seed_all
+from .checkpoint import BEST, load_checkpoint, newest_whole, restore_rng_state, save_checkpoint
 from .commit import check_space, disk_errors, remove_leftovers, write_file
+from .deterministic import deterministic_kernels
 from .memory import memory_limit
 from .model_card import model_card
 from .optim import Schedule, adamw, warmup_steps_of
@@ -50,6 +51,7 @@ from .run_folder import (
     RunLock,
     check_same_config,
     environment,
+    forget_unborn_start,
     is_finished,
     open_run_folder,
     same_environment,
@@ -60,9 +62,17 @@ from .run_folder import (
     write_state,
 )
 from .step import StepResult, train_step
-from .tracking import DevMetrics, MetricsFile, Progress, TensorBoard, check_trackers, peak_memory_bytes
+from .tracking import (
+    DevMetrics,
+    LossSpikes,
+    MetricsFile,
+    Progress,
+    TensorBoard,
+    check_trackers,
+    peak_memory_bytes,
+)
 
-HINT = "Make room and run the same command again: it goes on from the last checkpoint."
+HINT = "Make room, or the folder writable, and run the same command again: it goes on from the last checkpoint."
 
 
 def train(config: Config) -> Path:
@@ -87,8 +97,9 @@ def train(config: Config) -> Path:
     threads = torch.get_num_threads()
     try:
         with (
-            RunLock(folder),
             disk_errors(f"the run in {folder} cannot be written", HINT),
+            RunLock(folder),
+            deterministic_kernels(config.train.deterministic),
             memory_limit(limit, pick_device(config.model.device)),
         ):
             _start(config, folder).go()
@@ -179,6 +190,7 @@ class _Run:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     dev_packs: tuple[Pack, ...]
+    dev_rows_sha256: str
     companions: dict[str, Path]
     step: int = 0
     epoch: float = 0.0
@@ -187,15 +199,17 @@ class _Run:
     evaluated_step: int = -1
     bad_in_a_row: int = 0
     tokens: int = 0
+    rng: dict[str, str | None] | None = None  # of the checkpoint that is resumed
     signals: _StopSignals = field(default_factory=lambda: _StopSignals())
 
     def go(self) -> None:
         t = self.config.train
-        seed_all(t.seed)  # dropout draws from here on; a resume puts the stored state over it
         started, first = time.perf_counter(), self._resume()
         with self.signals, Progress(self.stream.total_steps, first, t.logging_steps) as self.progress:
             self.metrics = MetricsFile(self.folder / METRICS, cut_after=first or -1)
+            self.spikes = LossSpikes(self.metrics.losses)
             self.board = TensorBoard(self.folder / "tensorboard", after=first) if t.report_to else None
+            self._set_random_state()
             try:
                 self._steps()
             finally:
@@ -203,6 +217,13 @@ class _Run:
                 if self.board is not None:
                     self.board.close()
         self._finish(self.stream.total_steps - first, time.perf_counter() - started)
+
+    def _set_random_state(self) -> None:
+        """Last before the first step: what is set up before it may draw."""
+        if self.rng is None:
+            torch.manual_seed(self.config.train.seed)  # the GPUs' too
+        else:
+            restore_rng_state(self.rng, next(self.model.parameters()).device)
 
     def _steps(self) -> None:
         if self._evaluation_due():  # before the first step; or a signal came before it could be made
@@ -225,6 +246,8 @@ class _Run:
                 self.bad_in_a_row = 0
             self.metrics.write(m)
             self.progress.step(m)
+            if (usual := self.spikes.see(m.loss)) is not None:
+                self.progress.print(say("train.loss_spike", step=m.step, loss=f"{m.loss:.4f}", usual=f"{usual:.4f}"))
             if self.board is not None and m.step % t.logging_steps == 0:
                 self.board.write(m)
             if self._evaluation_due():
@@ -320,6 +343,7 @@ class _Run:
             "best_global_step": self.best_step,
             "best_metric": self.best_loss if self.best_step else None,  # dev loss, nats per answer token
             "evaluated_step": self.evaluated_step,
+            "dev_rows_sha256": self.dev_rows_sha256,
             "bad_steps_in_a_row": self.bad_in_a_row,
             "tokens": self.tokens,
             "max_tokens": self.stream.max_tokens,  # smaller than the setting once the memory ran out
@@ -327,7 +351,7 @@ class _Run:
 
     def _resume(self) -> int:
         """Put everything back as the newest whole checkpoint has it; the step it stands at, 0 at a first start."""
-        remove_leftovers(self.folder, "checkpoint-*")
+        remove_leftovers(self.folder)
         found, damaged = newest_whole(self.folder)
         for reason in damaged:
             _tell(say("train.passed_over", reason=reason))
@@ -335,7 +359,13 @@ class _Run:
             return 0
         stored = load_checkpoint(found, self.model, self.optimizer, self.schedule)
         self.stream.resume(stored.data_state)
-        s = stored.trainer_state
+        s, self.rng = stored.trainer_state, stored.rng_state
+        if s["dev_rows_sha256"] != self.dev_rows_sha256:
+            raise RunError(
+                "the dev rows are not those this run was measured on until now",
+                file=self.folder,
+                hint="Train into another --output-dir.",
+            )
         self.step, self.epoch, self.tokens = stored.step, s["epoch"], s["tokens"]
         self.best_step, self.evaluated_step = s["best_global_step"], s["evaluated_step"]
         self.best_loss = s["best_metric"] if self.best_step else math.inf
@@ -403,6 +433,7 @@ def _tell(text: str) -> None:
 def _start(config: Config, folder: Path) -> _Run:
     """Read, encode, load, inject: everything that a first start and a resume do alike."""
     m, d, t = config.model, config.data, config.train
+    forget_unborn_start(folder)
     device = pick_device(m.device)
     wanted = "bfloat16" if t.bf16 and m.dtype == "auto" else m.dtype
     dtype = pick_dtype(stored_dtype(folder) or wanted if wanted == "auto" else wanted, device)
@@ -449,6 +480,7 @@ def _start(config: Config, folder: Path) -> _Run:
         ),
         schedule=Schedule(t.lr_scheduler_type, t.learning_rate, warmup, stream.total_steps),
         dev_packs=pack(dev_rows, max_tokens=t.max_tokens) if dev_rows else (),
+        dev_rows_sha256=rows_sha256(dev_rows),
         companions=write_companions(folder, tokenizer, template, m, model_card(config, base), model),
     )
 

@@ -10,6 +10,7 @@ run.lock               pid, host and start time of the process that trains here,
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
@@ -26,11 +27,11 @@ import torch
 
 from ..config import Config, ModelConfig, as_flat_dict, as_yaml, parse
 from ..data.template import ChatTemplate
-from ..errors import RunError
+from ..errors import ResourceError, RunError
 from ..lora.adapter import CONFIG, WEIGHTS
 from ..lora.fingerprint import write_fingerprint
 from .checkpoint import STATE
-from .commit import write_file
+from .commit import is_disk_error, write_file
 
 SETTINGS, ENVIRONMENT, METRICS, LOCK, CARD = "config.yaml", "environment.json", "metrics.jsonl", "run.lock", "README.md"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
@@ -39,21 +40,25 @@ _FREE = {
     *("train.output_dir", "train.resume", "train.logging_steps", "train.report_to", "train.save_total_limit"),
     "train.memory_limit",  # it may cut micro-batches, which changes no gradient
 }
-_COMPARED = ("versions", "processor", "device", "dtype")
+_COMPARED = ("versions", "processor", "device", "dtype", "float32_matmul_precision")
 
 
 # ---- first start, second start -----------------------------------------------------------------------------------
 
 
 def open_run_folder(folder: Path) -> None:
-    """Make the folder. Raises RunError when it cannot be written, or holds files that a run would overwrite."""
+    """Make the folder. Raises ResourceError when its disk is full or read-only, RunError when it cannot be made or
+    holds files that a run would overwrite."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as e:
-        raise RunError(
-            f"the run folder cannot be written: {e.strerror}", file=folder, hint="Name another one with --output-dir."
+        kind = ResourceError if is_disk_error(e) else RunError
+        raise kind(
+            f"the run folder cannot be written: {e.strerror}",
+            file=folder,
+            hint="Make it writable and run the same command again, or name another one with --output-dir.",
         ) from None
     if not (folder / SETTINGS).exists():
         foreign = [n for n in (WEIGHTS, CONFIG, STATE, METRICS, CARD, "config.json") if (folder / n).exists()]
@@ -105,16 +110,18 @@ def write_settings(folder: Path, config: Config) -> None:
 
 def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Versions, device, dtype and threads of this process."""
+    packages = ("lora-cmqa", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
+    versions = {"python": platform.python_version(), **{n: _version(n) for n in packages}}
+    if device.type == "cuda":
+        versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
     return {
-        "versions": {"python": platform.python_version()}
-        | {
-            n: _version(n) for n in ("lora-cmqa", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
-        },
+        "versions": versions,
         "platform": platform.platform(),
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
 
 
@@ -145,9 +152,9 @@ def same_environment(folder: Path, now: dict[str, Any], *, anyway: bool) -> None
     if not file.exists():
         write_file(file, _json(now))
         return
-    then = json.loads(file.read_text(encoding="utf-8"))
+    then = _stored_environment(file)
     torch.set_num_threads(then["threads"])
-    differing = {k: (_flat(then.get(k)), _flat(now[k])) for k in _COMPARED if then.get(k) != now[k]}
+    differing = {k: _difference(then.get(k), now[k]) for k in _COMPARED if then.get(k) != now[k]}
     if not differing:
         return
     if not anyway:
@@ -163,11 +170,35 @@ def same_environment(folder: Path, now: dict[str, Any], *, anyway: bool) -> None
 def stored_dtype(folder: Path) -> str | None:
     """What `--dtype auto` chose at the first start; None before it."""
     file = folder / ENVIRONMENT
-    return json.loads(file.read_text(encoding="utf-8"))["dtype"] if file.exists() else None
+    return _stored_environment(file)["dtype"] if file.exists() else None
 
 
-def _flat(value: Any) -> str:
-    return " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
+def forget_unborn_start(folder: Path) -> None:
+    """A first start that was killed before it wrote its settings has bound nobody to what it chose."""
+    if not (folder / SETTINGS).exists():
+        (folder / ENVIRONMENT).unlink(missing_ok=True)
+
+
+def _stored_environment(file: Path) -> dict[str, Any]:
+    try:
+        then = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(then["threads"], int) and then["threads"] > 0 and isinstance(then["dtype"], str):
+            return then
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise RunError(
+        "it does not tell on what this run was started, so the run cannot go on as it was",
+        file=file,
+        hint="Start anew with another --output-dir.",
+    )
+
+
+def _difference(then: Any, now: Any) -> tuple[str, str]:
+    """Of two mappings only the keys that differ are named."""
+    if not (isinstance(then, dict) and isinstance(now, dict)):
+        return str(then), str(now)
+    keys = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+    return " ".join(f"{k} {then.get(k)}" for k in keys), " ".join(f"{k} {now.get(k)}" for k in keys)
 
 
 # ---- what is written once ----------------------------------------------------------------------------------------
@@ -245,7 +276,8 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # on a read-only disk it stays; nobody holds it
+            self.file.unlink()
         if self._handle is not None:
             os.close(self._handle)
 

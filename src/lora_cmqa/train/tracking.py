@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+import statistics
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -49,8 +51,10 @@ class MetricsFile:
 
     def __init__(self, file: Path, *, cut_after: int = -1) -> None:
         self.file = file
+        kept = _lines_until(file, cut_after) if file.exists() else []
+        self.losses = [c["loss"] for c in map(json.loads, kept) if "loss" in c]  # of the steps so far; None: not finite
         if file.exists():
-            write_file(file, b"".join(_lines_until(file, cut_after)))
+            write_file(file, b"".join(kept))
         self._handle = file.open("ab")
 
     def write(self, metrics: Metrics) -> None:
@@ -82,6 +86,33 @@ def _lines_until(file: Path, step: int) -> list[bytes]:
 
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+# ---- spikes ------------------------------------------------------------------------------------------------------
+
+
+class LossSpikes:
+    """Sees each step's loss and tells when one stands far above the last ones. It changes nothing.
+
+    usual = median of the last 32 losses, at least 16 of them       far = more than 6 robust standard deviations above
+    a robust standard deviation = 1.4826 x the median absolute deviation, and at least 2 % of the median
+    """
+
+    WINDOW, NEEDED, FAR, FLOOR = 32, 16, 6.0, 0.02
+
+    def __init__(self, earlier: Iterable[float | None] = ()) -> None:
+        """`earlier`: the losses of the steps before a resume."""
+        self._last: deque[float] = deque((x for x in earlier if x is not None), maxlen=self.WINDOW)
+
+    def see(self, loss: float) -> float | None:
+        """The usual loss when this one is a spike, else None. A loss that is not finite is a bad step, not a spike."""
+        if not math.isfinite(loss):
+            return None
+        usual = statistics.median(self._last) if len(self._last) >= self.NEEDED else math.inf
+        spread = 1.4826 * statistics.median(abs(x - usual) for x in self._last) if math.isfinite(usual) else 0.0
+        is_spike = loss - usual > self.FAR * max(spread, self.FLOOR * usual)
+        self._last.append(loss)
+        return usual if is_spike else None
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
