@@ -15,6 +15,7 @@ import pytest
 from lora_cmqa.cli import main
 from lora_cmqa.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
 from lora_cmqa.errors import ConfigError, ModelError
+from lora_cmqa.messages import set_language
 from lora_cmqa.models.sizes import SHAPES
 from lora_cmqa.train import plan as planning
 from lora_cmqa.train import qwen_recipe
@@ -196,8 +197,14 @@ def test_operations_and_time_of_an_epoch(tmp_path):
     assert epoch["seconds"] == pytest.approx(epoch["flops"] / 71e12 / epoch["assumed_mfu"])
 
 
+@pytest.fixture
+def language_afterwards():
+    yield
+    set_language(None)
+
+
 @pytest.mark.parametrize("lang", ["en", "zh"])
-def test_the_table_and_the_page(lang, tmp_path, capsys):
+def test_the_table_and_the_page(lang, tmp_path, capsys, language_afterwards):
     page = tmp_path / "plan.html"
     argv = ["--lang", lang, "plan", "--model", "models/Qwen-7B", "--gpu-memory", "24GiB", "--html", str(page)]
     assert main(argv) == 0
