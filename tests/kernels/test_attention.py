@@ -107,3 +107,18 @@ def test_groups_hold_rows_of_like_length_and_lose_none():
     groups = _groups(lengths)
     assert [n for g in groups for n in g] == lengths
     assert all(max(g) - min(g) <= 0.125 * max(g) for g in groups)
+
+
+def test_rows_of_unlike_length_keep_no_second_copy_of_their_input():
+    lengths = (9, 8, 8)
+    q, k, v = (torch.randn(sum(lengths), 2, 4, requires_grad=True) for _ in range(3))
+    kept = set()
+
+    def remember(tensor):
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        packed_attention(q, k, v, lengths, scale=0.5)
+    assert kept
+    assert not kept & {x.untyped_storage().data_ptr() for x in (q, k, v)}

@@ -14,6 +14,7 @@ Padding stands on the right of a shorter row only inside a group, so under a cau
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -75,7 +76,7 @@ def _group_attention(
 
     def grid(x: torch.Tensor) -> torch.Tensor:  # [tokens, heads, dim] -> [rows, heads, width, dim]
         if place is not None:
-            x = x.new_zeros(rows * width, *x.shape[1:]).index_copy(0, place, x)
+            x = _Spread.apply(x, place, rows * width)
         return x.view(rows, width, *x.shape[1:]).transpose(1, 2)
 
     mask = None
@@ -91,6 +92,21 @@ def _group_attention(
     )
     flat = out.transpose(1, 2).reshape(rows * width, *q.shape[1:])
     return flat if place is None else flat[place]
+
+
+class _Spread(torch.autograd.Function):
+    """x [tokens, ...] -> [count, ...], zeros but for x at `place`. torch's index_copy would keep x for its backward,
+    and with it the whole product of q, k and v that x is a view of."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, place: torch.Tensor, count: int) -> torch.Tensor:
+        ctx.save_for_backward(place)
+        return x.new_zeros(count, *x.shape[1:]).index_copy_(0, place, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return upstream[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
 def _repeat_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
