@@ -202,23 +202,27 @@ def run_train(config: Config) -> Result:
 
 def run_eval(args: EvalArgs) -> Result:
     from .evaluate.evaluation import evaluate
+    from .evaluate.report import print_table
+    from .evaluate.verdict import check_gate
 
-    e = args.evaluate
-    return evaluate(
-        _needed("RUN", args.run),
+    run = _needed("RUN", args.run)
+    report = evaluate(
+        run,
         args.data,
+        args.evaluate,
         base=args.base,
         name=args.name,
-        split=e.split,
-        loss_rows=e.loss_rows,
-        generate_rows=e.generate_rows,
-        max_new_tokens=e.max_new_tokens,
-        bootstrap_samples=e.bootstrap_samples,
-        seed=e.bootstrap_seed,
         device=args.device,
         dtype=args.dtype,
         num_hidden_layers=args.num_hidden_layers,
     )
+    if args.evaluate.gate:
+        try:
+            check_gate(report, file=Path(run) / "eval" / (args.name or args.evaluate.split) / "report.md")
+        except CmqaError:
+            print_table(report)
+            raise
+    return report
 
 
 def _sampling(args: ChatArgs) -> Any:

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from .config import Config, DataConfig, EvaluateConfig, LoraConfig, ModelConfig, TrainConfig
 from .messages import say
 
 RUN, DATA = Path("runs/demo"), Path("data/demo")
@@ -25,8 +25,11 @@ QUESTIONS = (
     "孩子吃完海鲜后身上起了很多红疹，很痒，怎么处理？",
     "What is the capital of France?",
 )
-GENERATE_ROWS = 16
 MAX_NEW_TOKENS = 120
+# What the seven minutes have room for; `cmqa eval runs/demo` measures the rest.
+MEASURED = EvaluateConfig(
+    generate_rows=16, max_new_tokens=MAX_NEW_TOKENS, rank_questions=0, general_chat=False, red_flags=False
+)
 
 
 def settings(model: str = "embedded", max_steps: int = -1) -> Config:
@@ -71,7 +74,7 @@ def demo(*, model: str = "embedded", max_steps: int = -1) -> dict[str, Any]:
     run = train(config)
     _step(3, say("demo.evaluate"))
     opened = open_run(run)
-    report = evaluate(opened, DATA, generate_rows=GENERATE_ROWS, max_new_tokens=MAX_NEW_TOKENS)
+    report = evaluate(opened, DATA, MEASURED)
     _step(4, say("demo.compare"))
     answers = compare(Chat(opened), QUESTIONS, sampling=SamplingParams(max_new_tokens=MAX_NEW_TOKENS))
     print_side_by_side(answers)

@@ -10,8 +10,8 @@ from lora_cmqa.core import Example, Message
 from lora_cmqa.data.template import ChatTemplate, encode_all
 from lora_cmqa.errors import DataError
 from lora_cmqa.evaluate.bootstrap import Paired
-from lora_cmqa.evaluate.evaluation import verdict
 from lora_cmqa.evaluate.nll import row_losses, shuffled_pairs
+from lora_cmqa.evaluate.verdict import task_verdict
 
 
 def example(i, question="q", answer="a"):
@@ -64,4 +64,4 @@ def interval(low, high):
     ],
 )
 def test_the_verdict(loss, content, says):
-    assert verdict({"nll": interval(*loss), "content_gain": interval(*content)}) == says
+    assert task_verdict({"nll": interval(*loss), "content_gain": interval(*content)}) == says

@@ -1,6 +1,7 @@
 """The walk a stranger takes, on the tiny model: CSV -> prepare -> train -> evaluate -> ask -> merge; plain PEFT too."""
 
 import csv
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from peft import AutoPeftModelForCausalLM
 
 import lora_cmqa
 from lora_cmqa import Chat, Config
-from lora_cmqa.config import parse
+from lora_cmqa.config import EvaluateConfig, parse
 from lora_cmqa.models.load import load_model
 
+FEW = EvaluateConfig(generate_rows=2, max_new_tokens=8, general_chat=False, red_flags=False)
 DISEASES = ("感冒", "胃痛", "头痛", "湿疹", "失眠", "咳嗽", "便秘", "贫血", "近视", "扭伤")
 
 
@@ -64,7 +66,7 @@ def test_the_run_folder_holds_what_it_promises(walk):
 
 
 def test_evaluation_says_how_sure_it_is(walk):
-    report = lora_cmqa.evaluate(walk[2], walk[1], generate_rows=2, max_new_tokens=8, bootstrap_samples=500)
+    report = lora_cmqa.evaluate(walk[2], walk[1], replace(FEW, bootstrap_samples=500))
     loss = report["metrics"]["nll"]
     assert loss["difference"] == pytest.approx(loss["adapter"] - loss["base"])
     assert loss["ci95"][0] <= loss["difference"] <= loss["ci95"][1]
@@ -76,7 +78,7 @@ def test_evaluation_says_how_sure_it_is(walk):
 def test_evaluation_twice_gives_the_same_bytes(walk):
     both = []
     for name in ("once", "twice"):
-        lora_cmqa.evaluate(walk[2], walk[1], name=name, generate_rows=2, max_new_tokens=8, bootstrap_samples=200)
+        lora_cmqa.evaluate(walk[2], walk[1], replace(FEW, bootstrap_samples=200), name=name)
         folder = walk[2] / "eval" / name
         both.append({p.name: p.read_bytes() for p in folder.iterdir()})
     assert both[0] == both[1]

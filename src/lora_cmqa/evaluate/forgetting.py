@@ -32,6 +32,7 @@ from ..errors import DataError, ModelError
 from ..lora.decoder import head_logits, hidden_states
 from .nll import RowLosses
 
+GENERAL_FILE = "general_chat.jsonl"
 _KL_ROWS = 32  # positions whose two distributions are held at once
 
 
@@ -59,7 +60,7 @@ class GeneralPrompt:
 
 def general_prompts() -> list[GeneralPrompt]:
     """Forty, half Chinese, half English."""
-    lines = prompt_file("general_chat.jsonl").decode().splitlines()
+    lines = prompt_file(GENERAL_FILE).decode().splitlines()
     return [GeneralPrompt(**(json.loads(line) | {"accept": tuple(json.loads(line)["accept"])})) for line in lines]
 
 

@@ -1,157 +1,178 @@
-"""report.json, report.md, report.html and predictions.jsonl: the same bytes for the same input, no clock in them."""
+"""report.json, report.md, report.html and predictions.jsonl: the same bytes for the same input, no clock in them.
+
+report (a dict) -> sections -> rows of words -> Markdown, terminal, model card; page.py draws the HTML
+"""
 
 from __future__ import annotations
 
-import html
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..messages import language, say
+from ..messages import Language, say
 
-_ORDER = ("nll", "content_gain", "nll_shuffled", "repetition", "length", "ended")
-_LOWER_IS_BETTER = {"nll", "nll_shuffled", "repetition"}
-_NEUTRAL = {"length", "ended"}
-EXAMPLES_SHOWN = 8
+SECTIONS: dict[str, tuple[str, ...]] = {
+    "task": ("nll", "perplexity", "content_gain", "nll_shuffled", "kl"),
+    "ranking": ("top1", "top5", "mrr", "top1_pmi", "top5_pmi", "mrr_pmi"),
+    "answers": (
+        *("bleu", "bleu_llama_factory", "rouge_1", "rouge_2", "rouge_l", "chrf", "distinct_1", "distinct_2"),
+        *("repetition", "length", "ended", "copied"),
+    ),
+    "forgetting": ("probe", "general_chat", "kl_general"),
+    "safety": ("safe", "emergency", "doctor", "dosage", "personal"),
+}
+_LOWER_IS_BETTER = {"nll", "perplexity", "nll_shuffled", "repetition", "copied", "dosage", "personal"}
+_NEUTRAL = {"length", "kl", "kl_general", "emergency", "doctor", "distinct_1", "distinct_2"}
+COLUMNS = ("metric", "base", "adapter", "difference", "interval", "p", "n", "detectable", "says")
+_NARROW = (0, 1, 2, 3, 4, 5, 8)  # what a terminal has room for
+CARD = "README.md"
 
 
-def write_report(folder: Path, report: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> None:
-    """Write the four files into `folder` (made when absent)."""
+def write_report(run: Path, folder: Path, report: Mapping[str, Any], details: Sequence[Mapping[str, Any]]) -> None:
+    """Write the four files into `folder` (made when absent), and the table into the run's model card."""
+    from .page import as_html
+
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
     (folder / "report.md").write_text(as_markdown(report), encoding="utf-8")
-    (folder / "report.html").write_text(as_html(report, predictions), encoding="utf-8")
+    (folder / "report.html").write_text(as_html(report, details, loss_curve(run)), encoding="utf-8")
     with (folder / "predictions.jsonl").open("w", encoding="utf-8") as f:
-        for p in predictions:
-            f.write(json.dumps(p, ensure_ascii=False) + "\n")
+        for row in details:
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    _write_card(run, report)
 
 
-def table_rows(report: dict[str, Any]) -> list[list[str]]:
-    """[[name, base, adapter, difference, interval, p, what it says], ...] for every metric, in a fixed order."""
+def loss_curve(run: Path) -> list[dict[str, Any]]:
+    """The run's own lines of losses: {"step", "loss"} or {"step", "dev_loss"}; none where it brought no metrics."""
+    for file in (run / "metrics.jsonl", run.parent / "metrics.jsonl"):
+        if file.is_file():
+            lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            return [{k: m[k] for k in ("step", "loss", "dev_loss") if m.get(k) is not None} for m in lines]
+    return []
+
+
+# ---- rows of words -------------------------------------------------------------------------------------------------
+
+
+def sections(report: Mapping[str, Any], lang: Language | None = None) -> list[tuple[str, list[list[str]]]]:
+    """[(title, rows of COLUMNS), ...] of all that was measured, in a fixed order."""
+    measured = [(f"eval.section_{name}", _rows(report["metrics"], keys, lang)) for name, keys in SECTIONS.items()]
+    out = [(say(title, lang), rows) for title, rows in measured if rows]
+    if (again := report["without_near_duplicates"]) is not None:
+        title = say("eval.section_without", lang, rows=again["rows"], left_out=again["left_out"])
+        out.append((title, _rows(again["metrics"], [k for keys in SECTIONS.values() for k in keys], lang)))
+    return out
+
+
+def _rows(metrics: Mapping[str, Any], keys: Sequence[str], lang: Language | None) -> list[list[str]]:
     rows = []
-    for key in _ORDER:
-        if (m := report["metrics"].get(key)) is None:
+    for key in keys:
+        if (m := metrics.get(key)) is None:
             continue
         low, high = m["ci95"]
         rows.append(
             [
-                say(f"eval.{key}"),
+                say(f"eval.{key}", lang),
                 f"{m['base']:.3f}",
                 f"{m['adapter']:.3f}",
                 f"{m['difference']:+.3f}",
                 f"{low:+.3f} .. {high:+.3f}",
                 f"{m['p']:.4f}",
-                _says(key, low, high),
+                str(m["n"]),
+                "-" if m["detectable"] is None else f"{m['detectable']:.3f}",
+                _says(key, low, high, lang),
             ]
         )
     return rows
 
 
-def _says(key: str, low: float, high: float) -> str:
+def _says(key: str, low: float, high: float, lang: Language | None) -> str:
     if low <= 0 <= high:
-        return say("eval.not_shown")
+        return say("eval.not_shown", lang)
     if key in _NEUTRAL:
-        return say("eval.more" if low > 0 else "eval.less")
+        return say("eval.more" if low > 0 else "eval.less", lang)
     better = (high < 0) if key in _LOWER_IS_BETTER else (low > 0)
-    return say("eval.better" if better else "eval.worse")
+    return say("eval.better" if better else "eval.worse", lang)
 
 
-def headings() -> list[str]:
-    return [say(f"eval.{k}") for k in ("metric", "base", "adapter", "difference", "interval", "p", "says")]
+def headings(lang: Language | None = None) -> list[str]:
+    return [say(f"eval.{k}", lang) for k in COLUMNS]
 
 
-def verdict_line(report: dict[str, Any]) -> str:
-    return say("eval.verdict", verdict=say("eval.verdict_" + report["verdict"].replace(" ", "_")), rows=report["rows"])
+def verdict_lines(report: Mapping[str, Any], lang: Language | None = None) -> list[str]:
+    """The task's verdict, forgetting, safety, and what was not measured."""
+    word = say("eval.verdict_" + report["verdict"].replace(" ", "_"), lang)
+    lines = [say("eval.verdict", lang, verdict=word, rows=report["rows"])]
+    if (f := report["forgetting"]) is not None:
+        lines.append(
+            say(
+                "eval.forgetting",
+                lang,
+                state=say(f"eval.{f['state']}", lang),
+                by=say(f"eval.{f['by']}", lang),
+                lost=f"{100 * f['lost']:+.1f}",
+                not_excluded=f"{100 * f['not_excluded']:.1f}",
+                maximum=f"{100 * f['maximum']:.1f}",
+            )
+        )
+    if (s := report["safety"]) is not None:
+        because = ", ".join(say(f"eval.{k}", lang) for k in s["because"]) or say("eval.nothing_worse", lang)
+        lines.append(say("eval.safety", lang, state=say(f"eval.{s['state']}", lang), because=because))
+    if report["skipped"]:
+        names = ", ".join(say(f"eval.part_{k}", lang) for k in report["skipped"])
+        lines.append(say("eval.skipped", lang, names=names))
+    return lines
 
 
-def print_table(report: dict[str, Any]) -> None:
-    """The table and the verdict in the terminal."""
+def print_table(report: Mapping[str, Any]) -> None:
+    """The table and the verdicts in the terminal."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD)
-    for i, heading in enumerate(headings()):
+    for i, heading in enumerate(headings()[c] for c in _NARROW):
         table.add_column(heading, justify="left" if i in (0, 6) else "right")
-    for row in table_rows(report):
-        table.add_row(*row)
+    for title, rows in sections(report):
+        table.add_row(f"[bold]{title}[/]")
+        for row in rows:
+            table.add_row(*(row[c] for c in _NARROW))
     console = Console()
     console.print(table)
-    console.print(verdict_line(report), highlight=False)
+    for line in verdict_lines(report):
+        console.print(line, highlight=False)
 
 
-def as_markdown(report: dict[str, Any]) -> str:
-    lines = [f"# {say('eval.title', run=report['run'], base=report['base'])}", "", verdict_line(report), ""]
-    lines += ["| " + " | ".join(headings()) + " |", "|" + "---|" * 7]
-    lines += ["| " + " | ".join(row) + " |" for row in table_rows(report)]
-    lines += ["", say("eval.explained"), "", "```json", json.dumps(report["signature"], indent=2), "```", ""]
+# ---- Markdown and the model card -----------------------------------------------------------------------------------
+
+
+def as_markdown(report: Mapping[str, Any]) -> str:
+    lines = [f"# {say('eval.title', run=report['run'], base=report['base'])}", "", *_markdown_body(report, None)]
+    lines += [say("eval.explained"), "", "```json", json.dumps(report["signature"], indent=2), "```", ""]
     return "\n".join(lines)
 
 
-_STYLE = (
-    "body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}"
-    "table{border-collapse:collapse;width:100%;margin:1rem 0}th,td{border-bottom:1px solid #ddd;padding:.4rem;"
-    "text-align:left;vertical-align:top}td.n{text-align:right;font-variant-numeric:tabular-nums}"
-    "pre{background:#f6f6f6;padding:1rem;overflow:auto}"
-)
+def _markdown_body(report: Mapping[str, Any], lang: Language | None) -> list[str]:
+    lines = [f"- {line}" for line in verdict_lines(report, lang)] + [""]
+    for title, rows in sections(report, lang):
+        lines += [f"## {title}", ""]
+        if rows:
+            lines += ["| " + " | ".join(headings(lang)) + " |", "|" + "---|" * len(COLUMNS)]
+            lines += ["| " + " | ".join(row) + " |" for row in rows] + [""]
+    return lines
 
 
-def as_html(report: dict[str, Any], predictions: Sequence[dict[str, Any]]) -> str:
-    """One self-contained page: the verdict, the differences as a picture and a table, answers side by side."""
-    title = html.escape(say("eval.title", run=report["run"], base=report["base"]))
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in headings())
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td{' class=n' if 0 < i < 6 else ''}>{html.escape(c)}</td>" for i, c in enumerate(row))
-        + "</tr>"
-        for row in table_rows(report)
-    )
-    answers = "".join(
-        f"<tr><td>{html.escape(p['question'])}</td><td>{html.escape(p['base']['text'])}</td>"
-        f"<td>{html.escape(p['adapter']['text'])}</td></tr>"
-        for p in predictions[:EXAMPLES_SHOWN]
-    )
-    columns = "".join(f"<th>{html.escape(say(k))}</th>" for k in ("eval.question", "eval.base", "eval.adapter"))
-    return (
-        f"<!doctype html><html lang={language()}><meta charset=utf-8><title>{title}</title><style>{_STYLE}</style>"
-        f"<h1>{title}</h1><p>{html.escape(verdict_line(report))}</p>{_picture(report)}"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table><p>{html.escape(say('eval.explained'))}</p>"
-        f"<table><thead><tr>{columns}</tr></thead><tbody>{answers}</tbody></table>"
-        f"<pre>{html.escape(json.dumps(report['signature'], indent=2))}</pre></html>\n"
-    )
-
-
-def _picture(report: dict[str, Any]) -> str:
-    """The loss differences with their intervals; plotly's script stands in the page, nothing is fetched."""
-    import plotly.graph_objects as go
-
-    keys = [k for k in ("nll_shuffled", "content_gain", "nll") if k in report["metrics"]]
-    values = [report["metrics"][k] for k in keys]
-    figure = go.Figure(
-        go.Scatter(
-            x=[m["difference"] for m in values],
-            y=[say(f"eval.{k}") for k in keys],
-            mode="markers",
-            marker={"size": 10},
-            error_x={
-                "type": "data",
-                "symmetric": False,
-                "array": [m["ci95"][1] - m["difference"] for m in values],
-                "arrayminus": [m["difference"] - m["ci95"][0] for m in values],
-            },
-        )
-    )
-    figure.add_vline(x=0, line_dash="dot")
-    figure.update_layout(
-        height=260,
-        margin={"l": 10, "r": 10, "t": 10, "b": 40},
-        xaxis_title=say("eval.difference"),
-        template="simple_white",
-    )
-    return figure.to_html(
-        full_html=False,
-        include_plotlyjs=True,
-        div_id="differences",
-        config={"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False},
-    )
+def _write_card(run: Path, report: Mapping[str, Any]) -> None:
+    """The table goes into the run's README.md between two marks of its split, in place of an older one. A
+    checkpoint's card stays as its manifest knows it."""
+    card = run / CARD
+    if not card.is_file() or (run / "manifest.json").exists():
+        return
+    start, end = (f"<!-- {slash}cmqa eval {report['split']} -->" for slash in ("", "/"))
+    body = "\n".join([start, f"# Measured on {report['split']}", "", *_markdown_body(report, "en"), end, ""])
+    text = card.read_text(encoding="utf-8")
+    older = re.compile(rf"{re.escape(start)}.*?{re.escape(end)}\n", re.S)
+    new = older.sub(lambda _: body, text) if older.search(text) else f"{text.rstrip()}\n\n{body}"
+    card.write_text(new, encoding="utf-8")
