@@ -57,7 +57,7 @@ def test_kl_is_torchs_kl_div(model, template):
             with model.disable_adapter():
                 base = model(input_ids=ids).logits[0, at].log_softmax(-1)
         want = F.kl_div(adapter, base, log_target=True, reduction="sum")
-        assert found.kl[i] == pytest.approx(float(want), rel=1e-9)
+        assert found.kl[i] == pytest.approx(float(want), rel=1e-6)  # transformers norms in float32
         assert found.kl[i] > 0
     own = row_losses(model, rows)
     assert found.adapter.total == pytest.approx(own.total, rel=1e-10)

@@ -62,7 +62,8 @@ def candidate_sets(
                  so that lists share answers and log P(answer) is needed for fewer; 0 takes the whole list
 
     Without a candidates file the wrong ones are answers of the split's other questions (`examples`).
-    Raises DataError for a file that is not in `cmqa prepare`'s form, or where nothing can be ranked.
+    A list without a wrong answer is left out; none may be left. Raises DataError for a file that is not in
+    `cmqa prepare`'s form.
     """
     file = data / "candidates" / f"{split}.jsonl"
     asked = {e.question_id for e in examples}
@@ -71,8 +72,6 @@ def candidate_sets(
     else:
         lists, drawn = _made_lists(examples), False
     lists = [c for c in lists if not all(c.labels)]
-    if not lists:
-        raise DataError("no question has both a right and a wrong candidate", file=data)
     generator = np.random.Generator(np.random.PCG64([seed, 4]))
     if 0 <= questions < len(lists):
         lists = [lists[i] for i in sorted(generator.permutation(len(lists))[:questions])]
