@@ -109,8 +109,8 @@ def test_groups_hold_rows_of_like_length_and_lose_none():
     assert all(max(g) - min(g) <= 0.125 * max(g) for g in groups)
 
 
-def test_rows_of_unlike_length_keep_no_second_copy_of_their_input():
-    lengths = (9, 8, 8)
+@pytest.mark.parametrize("lengths", [(9, 8, 8), (9, 5, 5, 3)])
+def test_rows_of_unlike_length_keep_no_second_copy_of_their_input(lengths):
     q, k, v = (torch.randn(sum(lengths), 2, 4, requires_grad=True) for _ in range(3))
     kept = set()
 

@@ -11,15 +11,30 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from lora_cmqa.cli import main
 from lora_cmqa.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from lora_cmqa.core import TokenizedExample
+from lora_cmqa.data.pack import make_pack
 from lora_cmqa.errors import ConfigError, ModelError
+from lora_cmqa.lora.decoder import checkpoint_activations, pack_losses, why_plain
+from lora_cmqa.lora.inject import inject_lora
 from lora_cmqa.messages import set_language
-from lora_cmqa.models.sizes import SHAPES
+from lora_cmqa.models.sizes import SHAPES, Shape
 from lora_cmqa.train import plan as planning
 from lora_cmqa.train import qwen_recipe
-from lora_cmqa.train.ledger import Setup, peak, phases
+from lora_cmqa.train.ledger import Setup, kept, last_layer_keeps, peak, phases
 from lora_cmqa.train.plan import Memory, cost, explain, plan, solve
 
 GIB = 2**30
@@ -244,3 +259,78 @@ def test_rows_of_all_phases_are_named_once():
     for phase in phases(Setup(SHAPES["Qwen3-8B"], checkpoint_layers=4, trained_whole=5)):
         names = [row.name for row in phase.rows]
         assert len(names) == len(set(names))
+
+
+# ---- the ledger against what autograd keeps --------------------------------------------------------------------------
+
+KINDS = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM),
+}
+
+
+def built(kind: str, kv_heads: int, layers: int = 4) -> tuple[torch.nn.Module, Shape]:
+    shape = Shape("x", kind, 1000, 256, layers, 4, kv_heads, 64, 700, False)
+    config, model = KINDS[kind]
+    made = model(
+        config(
+            vocab_size=shape.vocab,
+            hidden_size=shape.hidden,
+            intermediate_size=shape.ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=kv_heads,
+            head_dim=shape.head_dim,
+            tie_word_embeddings=shape.tied,
+        )
+    )
+    return made.requires_grad_(False), shape
+
+
+def bytes_kept(model: torch.nn.Module, pack) -> int:
+    """Of all storages that the graph of the losses holds, but weights and buffers."""
+    why_plain(model)  # joins the weights first
+    own = {x.untyped_storage().data_ptr() for x in (*model.parameters(), *model.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def remember(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # held, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(remember, lambda tensor: tensor):
+        losses = pack_losses(model, pack, chunk=64)
+    assert losses.requires_grad
+    return sum(t.untyped_storage().nbytes() for address, t in kept.items() if address not in own)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("layers_recomputed", [0, 2])
+def test_what_a_layer_keeps_is_what_the_ledger_says(kind, kv_heads, layers_recomputed):
+    """Rows of unlike length, as real ones are; with recomputation only what the other layers keep is counted here."""
+    model, shape = built(kind, kv_heads)
+    model = inject_lora(model, r=16).train()
+    if layers_recomputed:
+        checkpoint_activations(model, layers_recomputed)
+    rows = []
+    for i, length in enumerate((128, 120, 115, 100, 90, 60, 30, 20)):
+        ids = (torch.arange(length) * 7 % shape.vocab).numpy().astype("int32")
+        labels = ids.copy()
+        labels[: length // 2] = -100
+        rows.append(TokenizedExample(ids, labels, str(i), str(i)))
+    pack = make_pack(rows)
+    setup = Setup(
+        shape,
+        dtype="float32",
+        r=16,
+        max_tokens=pack.tokens,
+        longest_row=8,
+        supervised=pack.supervised_tokens / pack.tokens,
+        checkpoint_layers=layers_recomputed,
+        on_gpu=False,
+    )
+    head_keeps = 2 * pack.supervised_tokens * shape.hidden * setup.value_bytes  # last norm's input, the gradient
+    predicted = sum(row.bytes for row in (*kept(setup), last_layer_keeps(setup))) + head_keeps
+    assert predicted == pytest.approx(bytes_kept(model, pack), rel=0.03)

@@ -44,10 +44,13 @@ def packed_attention(
             q, k, v, row_lengths, scale=scale, window=window, softcap=softcap, dropout=dropout
         )
     outputs, start = [], 0
-    for group in _groups(row_lengths):
+    groups = _groups(row_lengths)
+    for group in groups:
         tokens = sum(group)
-        span = slice(start, start + tokens)
-        outputs.append(_group_attention(q[span], k[span], v[span], group, scale, window))
+        mine = tuple(x[start : start + tokens] for x in (q, k, v))
+        if len(groups) > 1 and min(group) == max(group):
+            mine = tuple(x.clone() for x in mine)  # a view of few rows would keep all rows' values for the backward
+        outputs.append(_group_attention(mine[0], mine[1], mine[2], group, scale, window))
         start += tokens
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

@@ -26,6 +26,9 @@ VALUE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 SHARD_BYTES = 5 * 10**9  # of a published checkpoint's file: what a merge holds at once
 
+# Rows of one attention group differ in length by at most an eighth (kernels/attention.py): half of that on average.
+GRID = 1 + 1 / 16
+
 # CUDA: what the context and the libraries' workspaces take (cuBLAS 32 MiB on Hopper, 8 MiB before) beside torch's
 # allocator, and what the allocator holds beyond what is asked for.
 CUDA_CONTEXT = 450 * 2**20
@@ -131,19 +134,20 @@ def layer_keeps(
     """Bytes a token that one layer keeps for its backward; `last`: after its attention only taught rows go on, and
     this counts what all rows keep.
 
-    x                H   norm's input, the residual                 x'               H   (after the attention)
-    norm(x)          H   read by q k v                              norm(x')         H   read by gate, up
-    q k v product    q + 2 kv                                       gate up product  2 F
-    rotated q, k, v as attention reads them: 3 q                    inner            F   read by down
-    attention's output, and its copy that o reads: 2 q              (Gemma: inputs of both norms after, 2 H)
-    LoRA's x A'      r for each projection
+    x, norm(x)            2 H          the residual and what q k v read
+    q k v product         q + 2 kv     where a norm of each head reads it (Qwen3, Gemma)
+    q, k, v on the grid   3 q          of rows of like length, each kv head repeated for its query heads
+    attention's output    q            on the grid, and q once more in the rows' order
+    x', norm(x')          2 H          after the attention; Gemma's norms after each half keep 2 H more
+    gate up, inner        3 F
+    LoRA's x A'           r for each projection
     """
     h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.ffn
     chosen = tuple(shape.linears) if targets is None else targets
     first = [t for t in chosen if t[0] in "qkv"]
     second = [t for t in chosen if t[0] not in "qkv"]
-    before = 2 * h + q + 2 * kv + 3 * q + 2 * q + r * len(first)
-    after = 2 * h + 3 * f + r * len(second) + (2 * h if shape.family == "gemma3" else 0)
+    before = 2 * h + (q + 2 * kv) * shape.head_norm + 4 * q * GRID + r * len(first)
+    after = q + 2 * h + 3 * f + r * len(second) + (2 * h if shape.family == "gemma3" else 0)
     exact = max(4, value_bytes)
     inverses = exact * (2 + (shape.heads + shape.kv_heads if shape.head_norm else 0) + shape.heads)  # and log-sum-exps
     return (before if last else before + after) * value_bytes + inverses
@@ -155,6 +159,13 @@ def layer_keeps_taught(*, shape: Shape, r: int, targets: tuple[str, ...] | None,
     return layer_keeps(**args) - layer_keeps(**args, last=True)  # type: ignore[arg-type]
 
 
+def scaled_a(setup: Setup) -> int:
+    """Bytes of A, scaled and in the dtype that is computed in, which each layer that is not recomputed keeps."""
+    s = setup.shape
+    inputs = [inner for name, (_, inner) in s.linears.items() if setup.targets is None or name in setup.targets]
+    return setup.r * sum(inputs) * setup.value_bytes
+
+
 def kept(setup: Setup) -> tuple[Row, ...]:
     """Activations at the end of the forward, but the last layer's share."""
     s, v = setup.shape, setup.value_bytes
@@ -163,8 +174,9 @@ def kept(setup: Setup) -> tuple[Row, ...]:
     rows = []
     if saving:
         rows.append(Row("activations: inputs of recomputed layers", saving * setup.tokens * s.hidden * v))
-    if s.layers - 1 - saving:
-        rows.append(Row("activations: layers", round((s.layers - 1 - saving) * setup.tokens * each)))
+    if others := s.layers - 1 - saving:
+        rows.append(Row("activations: layers", round(others * setup.tokens * each)))
+        rows.append(Row("LoRA A in the dtype of the base", others * scaled_a(setup)))
     return tuple(rows)
 
 
@@ -175,7 +187,7 @@ def last_layer_keeps(setup: Setup) -> Row:
     args = {"shape": s, "r": setup.r, "targets": setup.targets, "value_bytes": v}
     every = layer_keeps(**args, last=True)  # type: ignore[arg-type]
     taught = layer_keeps_taught(**args)  # type: ignore[arg-type]
-    return Row("activations: last layer", round(setup.tokens * every + setup.taught * taught))
+    return Row("activations: last layer", round(setup.tokens * every + setup.taught * taught) + scaled_a(setup))
 
 
 # ---- the largest passing things --------------------------------------------------------------------------------------
@@ -265,7 +277,7 @@ def _recomputed(setup: Setup) -> tuple[Row, ...]:
     if not setup.checkpoint_layers:
         return ()
     each = layer_keeps(shape=setup.shape, r=setup.r, targets=setup.targets, value_bytes=setup.value_bytes)
-    return (Row("activations: the layer that is recomputed", round(setup.tokens * each)),)
+    return (Row("activations: the layer that is recomputed", round(setup.tokens * each) + scaled_a(setup)),)
 
 
 def _largest_16_bit(setup: Setup) -> tuple[Row, ...]:
