@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_cmqa.data.template import ChatTemplate
-from lora_cmqa.engine.base import Request
+from lora_cmqa.engine.base import RUN_ADAPTER, Request
 from lora_cmqa.engine.chat import Chat, converse, print_side_by_side
 from lora_cmqa.engine.embedded import EmbeddedEngine
 from lora_cmqa.engine.run import OpenRun
@@ -31,7 +31,7 @@ def with_adapter(kind="tiny", dtype="float64"):
 def test_greedy_equals_transformers_generate(kind):
     model, tokenizer = with_adapter(kind)
     engine = EmbeddedEngine(model, tokenizer, stop_ids=(258,))
-    ours = engine.generate([Request(p, GREEDY) for p in PROMPTS])
+    ours = engine.generate([Request(p, GREEDY, RUN_ADAPTER) for p in PROMPTS])
     for prompt, completion in zip(PROMPTS, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = model.generate(
@@ -43,7 +43,7 @@ def test_greedy_equals_transformers_generate(kind):
 def test_base_rows_are_the_base_bit_for_bit():
     model, tokenizer = with_adapter()
     engine = EmbeddedEngine(model, tokenizer, stop_ids=())
-    mixed = engine.generate([Request(p, GREEDY, adapter=a) for p in PROMPTS for a in (True, False)])
+    mixed = engine.generate([Request(p, GREEDY, a) for p in PROMPTS for a in (RUN_ADAPTER, None)])
     bare = EmbeddedEngine(load_model("tiny", dtype="float64")[0], tokenizer, stop_ids=())
     alone = bare.generate([Request(p, GREEDY) for p in PROMPTS])
     assert [c.token_ids for c in mixed[1::2]] == [c.token_ids for c in alone]
@@ -53,17 +53,18 @@ def test_base_rows_are_the_base_bit_for_bit():
 def test_a_stream_left_half_way_leaves_the_adapter_on():
     model, tokenizer = with_adapter()
     engine = EmbeddedEngine(model, tokenizer, stop_ids=())
-    want = engine.generate([Request(PROMPTS[0], GREEDY)])[0]
-    half = engine.stream(Request(PROMPTS[0], GREEDY, adapter=False))
+    want = engine.generate([Request(PROMPTS[0], GREEDY, RUN_ADAPTER)])[0]
+    half = engine.stream(Request(PROMPTS[0], GREEDY))
     next(half)
-    assert engine.generate([Request(PROMPTS[0], GREEDY)])[0] == want
+    assert engine.generate([Request(PROMPTS[0], GREEDY, RUN_ADAPTER)])[0] == want
 
 
 def test_the_head_gets_rows_not_a_sliced_cube():
     model, tokenizer = with_adapter()
     engine = EmbeddedEngine(model, tokenizer, stop_ids=())
     seen = []
-    engine._head.register_forward_pre_hook(lambda _, args: seen.append((args[0].dim(), args[0].is_contiguous())))
+    head = engine.forward.head.module
+    head.register_forward_pre_hook(lambda _, args: seen.append((args[0].dim(), args[0].is_contiguous())))
     engine.generate([Request(p, GREEDY) for p in PROMPTS])
     assert seen
     assert set(seen) == {(2, True)}

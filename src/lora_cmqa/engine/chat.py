@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core import Message
 from ..errors import CmqaError
 from ..messages import say
-from .base import Request
+from .base import RUN_ADAPTER, Request
 from .embedded import EmbeddedEngine
 from .run import OpenRun, open_run
 from .sampling import SamplingParams
@@ -77,7 +77,8 @@ class Chat:
             messages += [Message("user", question), Message("assistant", answer)]
         messages.append(Message("user", text))
         prompt = tuple(self.run.template.encode_prompt(messages))
-        return Request(prompt, sampling or SamplingParams(), adapter=adapter and self.run.has_adapter)
+        own = RUN_ADAPTER if adapter and self.run.has_adapter else None
+        return Request(prompt, sampling or SamplingParams(), own)
 
 
 def compare(

@@ -1,0 +1,198 @@
+"""Adapters of an engine: thousands on disk, those in use in memory, those of one batch side by side.
+
+    AdapterStore   name -> LowRank -> Prepared (in the base's dtype, on its device), within a budget
+    Stack          those of one rank in one decode step -> A [adapters, k r, in], B [adapters, k r, out]
+
+Projections that read the same input share one A (its rows below each other) and one B (block diagonal):
+
+    qkv   A = [A_q; A_k; A_v]      B = | B_q'          |      y += (x A') B      two products instead of six
+                                       |     B_k'      |
+                                       |          B_v' |
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..errors import AdapterError
+from ..lora.low_rank import LowRank
+
+# Name of the joined projection -> its modules in a decoder's layer, in the order of the joined weight's rows.
+JOINED = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "out": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+_PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
+Key = tuple[int, str]  # layer, name of the joined projection
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """One adapter ready for use. `parts`: A [k r, in] and B [k r, out] of each joined projection it changes."""
+
+    digest: str
+    rank: int
+    parts: dict[Key, tuple[torch.Tensor, torch.Tensor]]
+    pairs: LowRank  # by module, for the plain way; empty where `parts` serve
+    nbytes: int
+
+
+def prepare_joined(
+    digest: str, pairs: LowRank, widths: dict[Key, tuple[int, ...]], dtype: torch.dtype, device: torch.device
+) -> Prepared:
+    """`widths`: outputs of the modules of each joined projection, e.g. (0, "qkv") -> (1024, 256, 256)."""
+    rank = max(len(pair.a) for pair in pairs.values())
+    grouped: dict[Key, dict[str, Any]] = {}
+    for path, pair in pairs.items():
+        found = _PLACE.search(path)
+        joined = next((j for j, modules in JOINED.items() if found and found[2] in modules), None)
+        if found is None or joined is None:
+            raise AdapterError(f"{path} is no projection of a decoder's layer")
+        grouped.setdefault((int(found[1]), joined), {})[found[2]] = pair
+    parts = {}
+    for key, modules in grouped.items():
+        outs = widths[key]
+        inner = next(iter(modules.values())).a.shape[1]
+        a, b = torch.zeros(len(outs) * rank, inner), torch.zeros(len(outs) * rank, sum(outs))
+        if dtype == torch.float64:
+            a, b = a.double(), b.double()
+        column = 0
+        for i, (name, out) in enumerate(zip(JOINED[key[1]], outs, strict=True)):
+            if name in modules:
+                pair = modules[name]
+                a[i * rank : i * rank + len(pair.a)] = pair.a
+                b[i * rank : i * rank + len(pair.a), column : column + out] = pair.b.T
+            column += out
+        parts[key] = (a.to(device, dtype), b.to(device, dtype))
+    return Prepared(digest, rank, parts, {}, sum(_size(t) for pair in parts.values() for t in pair))
+
+
+def prepare_plain(digest: str, pairs: LowRank, dtype: torch.dtype, device: torch.device) -> Prepared:
+    moved = {p: type(pair)(pair.a.to(device, dtype), pair.b.to(device, dtype)) for p, pair in pairs.items()}
+    rank = max(len(pair.a) for pair in pairs.values())
+    return Prepared(digest, rank, {}, moved, sum(_size(t) for pair in moved.values() for t in pair))
+
+
+class AdapterStore:
+    """Prepared adapters by name, within `budget` bytes; those that answer now are never put out."""
+
+    def __init__(self, load: Callable[[str], Prepared], budget: int) -> None:
+        self.budget, self.nbytes, self.loads = budget, 0, 0
+        self._load = load
+        self._here: OrderedDict[str, Prepared] = OrderedDict()
+        self._users: dict[str, int] = {}
+
+    def acquire(self, name: str) -> Prepared:
+        """Loaded when it is not here; `release` it once for each time. Raises what `load` raises."""
+        adapter = self._here.get(name)
+        if adapter is None:
+            adapter = self._load(name)
+            self._here[name] = adapter
+            self.nbytes += adapter.nbytes
+            self.loads += 1
+        self._here.move_to_end(name)
+        self._users[name] = self._users.get(name, 0) + 1
+        self._shrink()
+        return adapter
+
+    def release(self, name: str) -> None:
+        self._users[name] -= 1
+        if not self._users[name]:
+            del self._users[name]
+        self._shrink()
+
+    def forget(self, name: str) -> int:
+        """Bytes given back now; 0 where it is not here or still answers (then `release` lets it go by age)."""
+        if name in self._users or name not in self._here:
+            return 0
+        size = self._here.pop(name).nbytes
+        self.nbytes -= size
+        return size
+
+    def holds(self, name: str) -> bool:
+        return name in self._here
+
+    def _shrink(self) -> None:
+        for name in list(self._here):
+            if self.nbytes <= self.budget:
+                return
+            self.forget(name)
+
+
+class Stack:
+    """The adapters of one rank that answer in the same step, as one tensor for each A and B.
+
+    `arrange(wanted)` puts them in the first places and copies only those that were not there: a batch whose members
+    stay the same copies nothing.
+    """
+
+    def __init__(self, shapes: dict[Key, tuple[int, int, int]], rank: int, like: torch.Tensor) -> None:
+        """`shapes`: k, in, out of each joined projection."""
+        self.rank, self._shapes, self._like = rank, shapes, like
+        self._tensors: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._members: list[Prepared] = []
+        self._room = 0
+
+    def arrange(self, wanted: Sequence[Prepared]) -> list[Prepared]:
+        """The members in their order afterwards; `wanted` holds each once."""
+        if len(wanted) > self._room:
+            self._grow(max(4, 1 << (len(wanted) - 1).bit_length()))
+        by_digest = {w.digest: w for w in wanted}
+        absent = [w for w in wanted if w.digest not in {m.digest for m in self._members}]
+        spare = [m for m in self._members[len(wanted) :] if m.digest in by_digest]
+        for place in range(len(wanted)):
+            if place < len(self._members) and self._members[place].digest in by_digest:
+                continue
+            new = (spare or absent).pop()
+            if place < len(self._members):
+                self._members[place] = new
+            else:
+                self._members.append(new)
+            self._copy(place, new)
+        del self._members[len(wanted) :]
+        return list(self._members)
+
+    def get(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [members, k r, in] and B [members, k r, out]."""
+        a, b = self._tensors[key]
+        return a[: len(self._members)], b[: len(self._members)]
+
+    def changes(self, key: Key) -> bool:
+        return any(key in m.parts for m in self._members)
+
+    def clear(self) -> None:
+        self._tensors, self._members, self._room = {}, [], 0
+
+    def _grow(self, room: int) -> None:
+        self._room, members, self._members = room, self._members, []
+        self._tensors = {
+            key: (
+                self._like.new_zeros(room, k * self.rank, inner),
+                self._like.new_zeros(room, k * self.rank, out),
+            )
+            for key, (k, inner, out) in self._shapes.items()
+        }
+        for place, member in enumerate(members):
+            self._members.append(member)
+            self._copy(place, member)
+
+    def _copy(self, place: int, adapter: Prepared) -> None:
+        for key, (a, b) in self._tensors.items():
+            if key in adapter.parts:
+                a[place].copy_(adapter.parts[key][0])
+                b[place].copy_(adapter.parts[key][1])
+            else:
+                a[place].zero_()
+                b[place].zero_()
+
+
+def _size(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

@@ -1,0 +1,471 @@
+"""One forward for many requests: prompts into the cache chunk by chunk, then one token a step for all rows at once.
+
+    prefill   64 tokens of one request -> its slot of the cache -> hidden state of the last one
+    decode    one token of each request -> hidden states [rows, width]
+
+    slot      keys and values of one request, positions 0 ..., [slots, kv_heads, room, head_dim] a layer
+    rows      a a b . .    adapters side by side: Stack's products go to the first rows,
+              0 1 2 3 4    rows of the bare base come last and are never touched by an adapter
+
+A row's numbers depend on that row alone. A chunk is computed by itself, so nothing beside it can change its rounding.
+A decode step shares its products, whose rounding depends on how many rows there are: `steady_rows` looks, on this
+machine and with these weights, from how many rows on it no longer does, and steps are padded to that many.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.mlp import gated
+from ..kernels.norm import rms_norm
+from ..kernels.rope import rotate
+from ..lora.family import Block, Norm, Projection, Unsupported, read_body
+from ..lora.low_rank import LowRank
+from ..messages import say
+from .adapters import JOINED, Key, Prepared, Stack, prepare_joined
+
+MOST_ROWS = 32  # of one decode forward
+CHUNK = 64  # tokens of one prefill forward
+_TILE = 8  # rows are padded to a multiple of it
+_SPAN = 64  # the cached positions read in a step are rounded up to a multiple of it
+
+
+class Row(NamedTuple):
+    slot: int
+    token: int
+    position: int  # of this token; so many are in the cache before it
+    adapter: Prepared | None
+
+
+class Forward(Protocol):
+    """What the engine needs of a model. Hidden states are those after the last norm; only `logits` looks into them."""
+
+    max_length: int
+    chunk: int  # longest prefill
+    keeps_chunks: bool  # whether save_chunk and load_chunk work
+    max_rows: int  # of one decode
+
+    def prepare(self, digest: str, pairs: LowRank) -> Prepared: ...
+
+    def reserve(self, slot: int, length: int) -> None:
+        """Room for `length` tokens in `slot`."""
+
+    def prefill(self, slot: int, start: int, ids: Sequence[int], adapter: Prepared | None) -> torch.Tensor:
+        """Hidden state of the last of `ids`, [1, width]."""
+
+    def decode(self, rows: Sequence[Row]) -> torch.Tensor:
+        """[rows, width]"""
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, width] -> [rows, vocabulary]"""
+
+    def save_chunk(self, slot: int, start: int, stop: int) -> torch.Tensor: ...
+
+    def load_chunk(self, slot: int, start: int, content: torch.Tensor) -> None: ...
+
+    def free(self, slot: int) -> None: ...
+
+
+class Head:
+    """Hidden states -> logits. The head's weight gets a contiguous 2-D tensor: a sliced 3-D one under a frozen weight
+    makes torch expand the whole head once per row."""
+
+    def __init__(self, causal: Any) -> None:
+        self.module = causal.get_output_embeddings()
+        self._softcap = getattr(causal.config, "final_logit_softcapping", None)
+        self._scale = getattr(causal.config, "logit_scale", None)
+
+    def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits = self.module(hidden.contiguous())
+        if self._scale is not None:
+            logits = logits * self._scale
+        if self._softcap is not None:
+            logits = torch.tanh(logits / self._softcap) * self._softcap
+        return logits
+
+
+@dataclass(slots=True)
+class _Group:
+    """The rows of a decode step that have adapters of one rank: rows [first, stop), `gather` [members * m] of them for
+    the stacked product, `scatter` [stop - first] back; None where the rows already lie so."""
+
+    stack: Stack
+    first: int
+    stop: int
+    gather: torch.Tensor | None
+    scatter: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class _Step:
+    """What all layers of one decode share. n rows are real, the others pad."""
+
+    slots: torch.Tensor  # [n]
+    positions: torch.Tensor  # [n]
+    row_of_slot: torch.Tensor  # [slots read]; a slot without a row reads row 0's query
+    slot_of_row: torch.Tensor  # [rows]; pad rows take slot 0's
+    length: int  # cached positions read
+    masks: dict[int | None, torch.Tensor]  # by window, [slots read, 1, 1, length], added to the scores
+    tables: dict[str | None, tuple[torch.Tensor, torch.Tensor]]
+    groups: list[_Group]
+
+
+class BatchForward:
+    """The pre-norm family (lora/family.py) over the base's own weights."""
+
+    keeps_chunks, chunk, max_rows = True, CHUNK, MOST_ROWS
+
+    def __init__(self, causal: Any) -> None:
+        """Raises family.Unsupported for a model that the family's table has no words for."""
+        self.body = read_body(causal)
+        self.head = Head(causal)
+        for name, module, kind in (
+            ("lm_head", self.head.module, torch.nn.Linear),
+            ("embed_tokens", self.body.embedding, torch.nn.Embedding),
+        ):
+            if not isinstance(module, kind):  # trained, or with LoRA: base rows would read it too
+                raise Unsupported(say("decoder.other_part", part=name, kind=type(module).__name__))
+        self.dtype, self.device = self.body.norm.weight.dtype, self.body.norm.weight.device
+        limit = getattr(causal.get_decoder().layers[0].self_attn, "seq_length", None)  # Qwen v1 scales longer rows
+        self.max_length = int(limit or causal.config.max_position_embeddings)
+        self._keys = [self._no_cache(b) for b in self.body.blocks]
+        self._values = [self._no_cache(b) for b in self.body.blocks]
+        self._reserved: dict[int, int] = {}
+        self._stacks: dict[int, Stack] = {}
+        self._widths = {(i, name): _outputs(block, name) for i, block in enumerate(self.body.blocks) for name in JOINED}
+        projections = {
+            (len(p.weight), p.weight.shape[1]): p.weight
+            for b in self.body.blocks
+            for p in (b.qkv, b.out, b.gate_up, b.down)
+        }
+        self.least_rows = steady_rows([*projections.values(), self.head.module.weight], MOST_ROWS)
+        self._least_of_rank: dict[int, int] = {}
+
+    # ---- adapters ------------------------------------------------------------------------------------------------
+
+    def prepare(self, digest: str, pairs: LowRank) -> Prepared:
+        return prepare_joined(digest, pairs, self._widths, self.dtype, self.device)
+
+    def _groups(self, rows: Sequence[Row]) -> list[_Group]:
+        """`rows` are sorted by (rank, digest), those without an adapter last."""
+        groups, first = [], 0
+        adapters = [r.adapter for r in rows if r.adapter is not None]
+        for rank, same in itertools.groupby(adapters, key=lambda a: a.rank):
+            some = list(same)
+            groups.append(self._group(rank, some, first))
+            first += len(some)
+        return groups
+
+    def _group(self, rank: int, adapters: Sequence[Prepared], first: int) -> _Group:
+        stop = first + len(adapters)
+        stack = self._stacks.get(rank)
+        if stack is None:
+            shapes = {
+                (i, name): (
+                    len(self._widths[i, name]),
+                    getattr(block, name).weight.shape[1],
+                    sum(self._widths[i, name]),
+                )
+                for i, block in enumerate(self.body.blocks)
+                for name in JOINED
+            }
+            stack = self._stacks[rank] = Stack(shapes, rank, self.body.norm.weight)
+        here: dict[str, list[int]] = {}
+        for i, adapter in enumerate(adapters):
+            here.setdefault(adapter.digest, []).append(first + i)
+        members = [m.digest for m in stack.arrange(list({a.digest: a for a in adapters}.values()))]
+        most = max(len(places) for places in here.values())
+        height = _padded(most, self._least_for(rank))
+        flat = [p for m in members for p in here[m]]
+        if flat == list(range(first, stop)) and all(len(here[m]) == height for m in members):
+            return _Group(stack, first, stop, None, None)
+        gather = [p for m in members for p in here[m] + [here[m][0]] * (height - len(here[m]))]
+        where = {p: i * height + j for i, m in enumerate(members) for j, p in enumerate(here[m])}
+        scatter = [where[p] for p in range(first, stop)]
+        return _Group(stack, first, stop, self._index(gather), self._index(scatter))
+
+    def _least_for(self, rank: int) -> int:
+        """Rows of one adapter from which on a stacked product's rounding is steady; 1 where it always is."""
+        if rank not in self._least_of_rank:
+            block = self.body.blocks[0]
+            a = self.body.norm.weight.new_empty(len(JOINED["qkv"]) * rank, block.qkv.weight.shape[1]).normal_()
+            b = self.body.norm.weight.new_empty(len(block.qkv.weight), len(JOINED["qkv"]) * rank).normal_()
+            d = self.body.norm.weight.new_empty(rank, block.down.weight.shape[1]).normal_()
+            self._least_of_rank[rank] = steady_stack_rows([a, b, d], MOST_ROWS)
+        return self._least_of_rank[rank]
+
+    # ---- the cache -------------------------------------------------------------------------------------------------
+
+    def _no_cache(self, block: Block) -> torch.Tensor:
+        return torch.empty(0, block.kv_heads, 0, block.head_dim, dtype=self.dtype, device=self.device)
+
+    def reserve(self, slot: int, length: int) -> None:
+        slots, room = self._keys[0].shape[0], self._keys[0].shape[2]
+        self._reserved[slot] = length
+        if slot < slots and length <= room:
+            return
+        slots = max(slots, _padded(slot + 1, _TILE))
+        room = max(room, _padded(length, 256))
+        for store in (self._keys, self._values):
+            for i, old in enumerate(store):
+                new = old.new_zeros(slots, old.shape[1], room, old.shape[3])  # unread places count as 0 x value
+                new[: old.shape[0], :, : old.shape[2]] = old
+                store[i] = new
+
+    def free(self, slot: int) -> None:
+        """Wiped: the next request multiplies by 0 what lies behind its own end, which a NaN would survive."""
+        length = self._reserved.pop(slot, 0)
+        for store in (self._keys, self._values):
+            for x in store:
+                x[slot, :, :length] = 0
+
+    def save_chunk(self, slot: int, start: int, stop: int) -> torch.Tensor:
+        """[2, layers, kv_heads, tokens, head_dim]"""
+        return torch.stack(
+            [torch.stack([x[slot, :, start:stop] for x in store]) for store in (self._keys, self._values)]
+        )
+
+    def load_chunk(self, slot: int, start: int, content: torch.Tensor) -> None:
+        for store, part in zip((self._keys, self._values), content, strict=True):
+            for x, layer in zip(store, part, strict=True):
+                x[slot, :, start : start + layer.shape[1]] = layer
+
+    # ---- prefill -----------------------------------------------------------------------------------------------
+
+    def prefill(self, slot: int, start: int, ids: Sequence[int], adapter: Prepared | None) -> torch.Tensor:
+        count, end = len(ids), start + len(ids)
+        x = self.body.embedding(self._index(ids))
+        positions = torch.arange(start, end, device=self.device)
+        tables = self._tables(x, positions)
+        masks = self._chunk_masks(start, end)
+        for i, block in enumerate(self.body.blocks):
+            qkv = self._project(_norm(x, block.before_attention), block.qkv, adapter, (i, "qkv"))
+            q, k, v = _heads(qkv, block, tables[block.rotary_kind])
+            keys, values = self._keys[i][slot], self._values[i][slot]
+            keys[:, start:end], values[:, start:end] = k.transpose(0, 1), v.transpose(0, 1)
+            mask = masks[block.window]
+            seen = F.scaled_dot_product_attention(
+                q.transpose(0, 1)[None],
+                _repeated(keys[:, :end], block.heads)[None],
+                _repeated(values[:, :end], block.heads)[None],
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=block.scale,
+            )
+            seen = seen[0].transpose(0, 1).reshape(count, -1)
+            if i == len(self.body.blocks) - 1:  # only the last token goes on
+                x, seen = x[-1:], seen[-1:]
+            x = x + _norm(self._project(seen, block.out, adapter, (i, "out")), block.after_attention)
+            inner = gated(
+                self._project(_norm(x, block.before_mlp), block.gate_up, adapter, (i, "gate_up")), block.activation
+            )
+            x = x + _norm(self._project(inner, block.down, adapter, (i, "down")), block.after_mlp)
+        return _norm(x, self.body.norm)
+
+    def _chunk_masks(self, start: int, end: int) -> dict[int | None, torch.Tensor | None]:
+        """None where plain causal attention over the chunk says it all."""
+        masks: dict[int | None, torch.Tensor | None] = {}
+        for window in {b.window for b in self.body.blocks}:
+            if start == 0 and (window is None or end <= window):
+                masks[window] = None
+                continue
+            own = torch.arange(start, end, device=self.device)[:, None]
+            other = torch.arange(end, device=self.device)[None]
+            seen = other <= own if window is None else (other <= own) & (other > own - window)
+            masks[window] = self._added(seen)
+        return masks
+
+    @staticmethod
+    def _project(x: torch.Tensor, projection: Projection, adapter: Prepared | None, key: Key) -> torch.Tensor:
+        y = F.linear(x, projection.weight, projection.bias)
+        if adapter is not None and key in adapter.parts:
+            a, b = adapter.parts[key]
+            y.addmm_(x @ a.t(), b)
+        return y
+
+    # ---- decode ------------------------------------------------------------------------------------------------
+
+    def decode(self, rows: Sequence[Row]) -> torch.Tensor:
+        order = sorted(range(len(rows)), key=lambda i: _by_adapter(rows[i]))
+        ordered = [rows[i] for i in order]
+        step, x = self._begin(ordered)
+        for i, block in enumerate(self.body.blocks):
+            qkv = self._stacked(_norm(x, block.before_attention), block.qkv, step, (i, "qkv"))
+            q, k, v = _heads(qkv, block, step.tables[block.rotary_kind])
+            x = x + _norm(
+                self._stacked(self._attend(q, k, v, block, i, step), block.out, step, (i, "out")), block.after_attention
+            )
+            inner = gated(
+                self._stacked(_norm(x, block.before_mlp), block.gate_up, step, (i, "gate_up")), block.activation
+            )
+            x = x + _norm(self._stacked(inner, block.down, step, (i, "down")), block.after_mlp)
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return _norm(x, self.body.norm)[self._index(back)]
+
+    def _begin(self, rows: Sequence[Row]) -> tuple[_Step, torch.Tensor]:
+        pad = self._row_count(len(rows)) - len(rows)
+        slots = [r.slot for r in rows]
+        used = max(slots) + 1
+        row_of_slot = [0] * used
+        for i, slot in enumerate(slots):
+            row_of_slot[slot] = i
+        length = min(_padded(max(r.position for r in rows) + 1, _SPAN), self._keys[0].shape[2])
+        last = [0] * used  # position of each slot's newest token
+        for r in rows:
+            last[r.slot] = r.position
+        newest, places = self._index(last)[:, None], torch.arange(length, device=self.device)[None]
+        masks = {}
+        for window in {b.window for b in self.body.blocks}:
+            seen = places <= newest
+            if window is not None and window < length:
+                seen &= places > newest - window
+            masks[window] = self._added(seen)[:, None, None]
+        x = self.body.embedding(self._index([r.token for r in rows] + [0] * pad))
+        positions = self._index([r.position for r in rows])
+        step = _Step(
+            slots=self._index(slots),
+            positions=positions,
+            row_of_slot=self._index(row_of_slot),
+            slot_of_row=self._index(slots + [slots[0]] * pad),
+            length=length,
+            masks=masks,
+            tables=self._tables(x, F.pad(positions, (0, pad))),
+            groups=self._groups(rows),
+        )
+        return step, x
+
+    def _attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, layer: int, step: _Step
+    ) -> torch.Tensor:
+        """Each row over its own slot. The query heads that share keys stand as the rows of one small product."""
+        keys, values, real, used = self._keys[layer], self._values[layer], len(step.slots), len(step.row_of_slot)
+        keys[step.slots, :, step.positions] = k[:real]
+        values[step.slots, :, step.positions] = v[:real]
+        grouped = q[step.row_of_slot].view(used, block.kv_heads, block.heads // block.kv_heads, block.head_dim)
+        seen = F.scaled_dot_product_attention(
+            grouped,
+            keys[:used, :, : step.length],
+            values[:used, :, : step.length],
+            attn_mask=step.masks[block.window],
+            scale=block.scale,
+        )
+        return seen.reshape(used, -1)[step.slot_of_row]
+
+    @staticmethod
+    def _stacked(x: torch.Tensor, projection: Projection, step: _Step, key: Key) -> torch.Tensor:
+        """The base's product for all rows, then each rank's adapters added to their own rows."""
+        y = F.linear(x, projection.weight, projection.bias)
+        for group in step.groups:
+            if not group.stack.changes(key):
+                continue
+            a, b = group.stack.get(key)
+            if group.gather is None:
+                mine, seen = y[group.first : group.stop], x[group.first : group.stop]
+                mine.view(len(a), -1, y.shape[1]).baddbmm_(torch.bmm(seen.view(len(a), -1, x.shape[1]), a.mT), b)
+            else:
+                some = y[group.gather].view(len(a), -1, y.shape[1])
+                some.baddbmm_(torch.bmm(x[group.gather].view(len(a), -1, x.shape[1]), a.mT), b)
+                y[group.first : group.stop] = some.view(-1, y.shape[1])[group.scatter]
+        return y
+
+    # ---- small things ------------------------------------------------------------------------------------------
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = len(hidden)
+        return self.head(F.pad(hidden, (0, 0, 0, self._row_count(rows) - rows)))[:rows]
+
+    def _row_count(self, rows: int) -> int:
+        return max(self.least_rows, _padded(rows, _TILE))
+
+    def _tables(self, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
+        """cos, sin [tokens, head_dim / 2] by kind, from the model's own module. (It writes each twice.)"""
+        tables = {}
+        for kind in {b.rotary_kind for b in self.body.blocks}:
+            args = (x[None], positions[None]) if kind is None else (x[None], positions[None], kind)
+            cos, sin = self.body.rotary(*args)
+            half = cos.shape[-1] // 2
+            tables[kind] = cos[0, :, :half], sin[0, :, :half]
+        return tables
+
+    def _added(self, seen: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
+
+    def _index(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _by_adapter(row: Row) -> tuple[bool, int, str, int]:
+    return (True, 0, "", row.slot) if row.adapter is None else (False, row.adapter.rank, row.adapter.digest, row.slot)
+
+
+def _heads(
+    qkv: torch.Tensor, block: Block, table: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[rows, q + k + v] -> q [rows, heads, dim], k and v [rows, kv_heads, dim], q and k normed and turned."""
+    parts = qkv.view(len(qkv), -1, block.head_dim)
+    qk, v = parts.split([block.heads + block.kv_heads, block.kv_heads], dim=1)
+    q, k = rotate(_norm(qk, block.qk_norm), *table).split([block.heads, block.kv_heads], dim=1)
+    return q, k, v
+
+
+def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+    return x if norm is None else rms_norm(x, norm.weight, norm.eps, norm.offset)
+
+
+def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[kv_heads, tokens, dim] -> [heads, tokens, dim]: query head h reads kv head h // (heads / kv_heads)."""
+    return x if len(x) == heads else x.repeat_interleave(heads // len(x), 0)
+
+
+def _outputs(block: Block, name: str) -> tuple[int, ...]:
+    """Outputs of the modules of a joined projection."""
+    total = len(getattr(block, name).weight)
+    if name == "qkv":
+        return (block.heads * block.head_dim, block.kv_heads * block.head_dim, block.kv_heads * block.head_dim)
+    return (total // 2, total // 2) if name == "gate_up" else (total,)
+
+
+def _padded(count: int, multiple: int) -> int:
+    return -(-count // multiple) * multiple
+
+
+# ---- rounding ------------------------------------------------------------------------------------------------------
+
+
+def steady_rows(weights: Iterable[torch.Tensor], most: int) -> int:
+    """The fewest rows, a multiple of 8, to which steps must be padded for a row's product with each of `weights`
+    [out, in] to have the same bits whatever else is in the step, for up to `most` rows.
+
+    Libraries cut a product into blocks by its size: here fp32 with 8 rows rounds otherwise than with 16, and bf16
+    with 8 to 32 rows all alike (docs/decisions/0007).
+    """
+    products = [(lambda x, w=w: F.linear(x, w), w.shape[1], w) for w in weights]
+    return _steady(products, list(range(_TILE, most + 1, _TILE)))
+
+
+def steady_stack_rows(matrices: Iterable[torch.Tensor], most: int) -> int:
+    """The same for a stacked product with each of `matrices` [out, in]: 1, or a multiple of 8."""
+    products = [(lambda x, w=w: torch.bmm(x[None], w.mT[None])[0], w.shape[1], w) for w in matrices]
+    few = _steady(products, [1, 2, 3, 5, *range(_TILE, most + 1, _TILE)])
+    return few if few in (1, *range(_TILE, most + 1, _TILE)) else _TILE
+
+
+@torch.inference_mode()
+def _steady(products: Sequence[tuple[Any, int, torch.Tensor]], sizes: Sequence[int]) -> int:
+    """The smallest of `sizes` that gives, with all larger ones, the same bits."""
+    generator = torch.Generator().manual_seed(0)
+    least = 0
+    for product, inner, like in products:
+        x = torch.randn(sizes[-1], inner, generator=generator).to(like.device, like.dtype)
+        whole = product(x)
+        for i in range(len(sizes) - 1, least - 1, -1):
+            if not torch.equal(product(x[: sizes[i]]), whole[: sizes[i]]):
+                least = i + 1
+                break
+    return sizes[least]
