@@ -103,7 +103,7 @@ class TrainConfig:
     """Layers keep their input only and are computed again in the backward: less memory, up to half more time."""
     checkpoint_layers: int = 0
     """With gradient_checkpointing: only the first so many layers; 0: all."""
-    head_chunk: int = 256
+    head_chunk: int = 512
     """Rows of logits that are held at once. Changes no gradient."""
     bf16: bool = False
     """The seed's flag: the base in bfloat16 (model.dtype bfloat16)."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lora_cmqa.kernels import attention
 from lora_cmqa.kernels.attention import _groups, packed_attention, packed_attention_plain
 
 ROWS = [
@@ -31,10 +32,18 @@ def forward_backward(attend, tensors, *args, **settings):
     return out.detach(), torch.autograd.grad(out, tensors, seed)
 
 
+@pytest.fixture(params=["products", "sdpa"])
+def way(request, monkeypatch) -> str:
+    """Short rows on a CPU go by batched products, everything else by torch's own attention."""
+    if request.param == "sdpa":
+        monkeypatch.setattr(attention, "_PRODUCTS_WIDTH", 0)
+    return request.param
+
+
 @pytest.mark.parametrize("row_lengths", ROWS)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
 @pytest.mark.parametrize("window", [None, 1, 4, 23, 64])
-def test_fast_equals_plain_forward_and_backward(row_lengths, heads, kv_heads, window):
+def test_fast_equals_plain_forward_and_backward(row_lengths, heads, kv_heads, window, way):
     tensors = qkv(sum(row_lengths), heads, kv_heads)
     fast = forward_backward(packed_attention, tensors, row_lengths, scale=0.3, window=window)
     plain = forward_backward(packed_attention_plain, tensors, row_lengths, scale=0.3, window=window)
@@ -73,7 +82,7 @@ def test_packed_rows_equal_single_rows_of_torch(window):
 
 
 @pytest.mark.parametrize(("row_lengths", "window"), [((4, 2, 1), None), ((5, 4), 3)])
-def test_gradcheck(row_lengths, window):
+def test_gradcheck(row_lengths, window, way):
     tensors = qkv(sum(row_lengths), 2, 1, dim=4)
     assert torch.autograd.gradcheck(
         lambda q, k, v: packed_attention(q, k, v, row_lengths, scale=0.5, window=window), tensors
@@ -93,7 +102,13 @@ def test_no_row_sees_another(attend):
     assert not torch.equal(before[8:16], after[8:16])
 
 
-def test_bfloat16_keeps_its_dtype_and_stays_near_the_exact_answer():
+def test_scores_of_bfloat16_are_not_rounded_to_it():
+    q, k = (x.detach().bfloat16() for x in qkv(64, 8, 8, dim=64)[:2])
+    exact = torch.bmm(q.double(), k.double().transpose(1, 2))
+    assert (attention._scores(q, k) - exact).abs().max() < 1e-3 < (torch.bmm(q, k.transpose(1, 2)) - exact).abs().max()
+
+
+def test_bfloat16_keeps_its_dtype_and_stays_near_the_exact_answer(way):
     exact = qkv(30, 4, 1)
     half = tuple(x.detach().bfloat16() for x in exact)
     out = packed_attention(*half, (16, 14), scale=0.3)

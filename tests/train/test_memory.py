@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from lora_cmqa.config import bytes_of
 from lora_cmqa.data.stream import BatchStream
 from lora_cmqa.errors import ConfigError, ResourceError
+from lora_cmqa.lora import decoder
 from lora_cmqa.lora.inject import lora_parameters
 from lora_cmqa.train import loop, step
 from lora_cmqa.train.memory import is_out_of_memory, memory_limit
@@ -25,7 +26,7 @@ from lora_cmqa.train.optim import Schedule, adamw
 from .test_step import encoded, with_lora
 
 CPU_TEXT = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to ..."
-PACK_LOSSES = step.pack_losses
+PACK_LOSSES, BLOCK = step.pack_losses, decoder._block
 CUDA = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
@@ -54,16 +55,16 @@ def run(monkeypatch, fail_when=lambda call, pack: None, steps: int = 3, max_toke
         error = fail_when(calls[0], pack)
         if error is None:
             return real(model, pack, **kwargs)
-        layer = model.get_base_model().get_decoder().layers[1]
-        hook = layer.register_forward_hook(
-            lambda m, i, out: (
-                (Fails.apply(out[0], error), *out[1:]) if isinstance(out, tuple) else Fails.apply(out, error)
-            )
-        )
-        try:
+        blocks = []
+
+        def breaks_after_the_second(x, **settings):
+            blocks.append(1)
+            out = BLOCK(x, **settings)
+            return Fails.apply(out, error) if len(blocks) == 2 else out
+
+        with monkeypatch.context() as patch:
+            patch.setattr(decoder, "_block", breaks_after_the_second)
             return real(model, pack, **kwargs)
-        finally:
-            hook.remove()
 
     monkeypatch.setattr(step, "pack_losses", losses)
     metrics = list(

@@ -13,8 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-CHUNK = 256  # rows of logits held at once
-_TILE = 8  # rows of the softmax worked on at once: float32 tiles that stay in the cache
+from .tiles import rows_per_tile
+
+CHUNK = 512  # rows of logits held at once; with fewer, a CPU packs the weight anew for too few products
 
 
 def linear_cross_entropy(
@@ -51,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, wants_grad = len(hidden), ctx.needs_input_grad[0]
         losses = torch.empty(rows, dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_grad else None
-        tile = _TILE if hidden.device.type == "cpu" else chunk
+        tile = rows_per_tile(hidden.device, len(weight) * exact.itemsize) or chunk  # of the softmax
         # Both buffers are made once: asking for megabytes anew for each tile costs more than the softmax itself.
         buffer = hidden.new_empty(min(chunk, rows), len(weight))
         scratch = None if exact == hidden.dtype else hidden.new_empty(min(tile, chunk, rows), len(weight), dtype=exact)

@@ -1,27 +1,24 @@
 """The gate of the MLP: activation(gate) * up, from one joined product. Only that product is kept.
 
-SwiGLU   silu(g) * u                 Llama, Qwen
-GeGLU    gelu(g, tanh) * u           Gemma
+    SwiGLU   silu(g) * u          silu(g) = g sigmoid(g)                                Llama, Qwen
+    GeGLU    gelu(g) * u          gelu(g) = g sigmoid(2 c (g + 0.044715 g^3))           Gemma
+                                  c = sqrt(2 / pi): the tanh form, since 1 + tanh(z) = 2 sigmoid(2 z)
+
+(torch's own gelu is several times slower on a CPU: it takes a hyperbolic tangent of each value.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 
-Activation = Literal["silu", "gelu_tanh"]
+from .tiles import row_tiles
 
-# name -> the activation, and d loss / d g from d loss / d activation(g) and g
-_ACTIVATIONS: dict[str, tuple[Callable[..., torch.Tensor], Callable[..., torch.Tensor]]] = {
-    "silu": (F.silu, torch.ops.aten.silu_backward),
-    "gelu_tanh": (
-        lambda g: F.gelu(g, approximate="tanh"),
-        lambda d, g: torch.ops.aten.gelu_backward(d, g, approximate="tanh"),
-    ),
-}
+Activation = Literal["silu", "gelu_tanh"]
+_C = 2 * math.sqrt(2 / math.pi)
 
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
@@ -34,19 +31,37 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
+        exact = torch.promote_types(gate_up.dtype, torch.float32)
         gate, up = gate_up.chunk(2, -1)
-        return _ACTIVATIONS[activation][0](gate).mul_(up)
+        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        for rows in row_tiles(gate_up, gate.shape[1] * 8):
+            g = gate[rows].to(exact)
+            out[rows] = _sigmoid(g, activation).mul_(g).mul_(up[rows])
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
         (gate_up,) = ctx.saved_tensors
-        act, act_backward = _ACTIVATIONS[ctx.activation]
+        exact = torch.promote_types(gate_up.dtype, torch.float32)
         (gate, up), out = gate_up.chunk(2, -1), torch.empty_like(gate_up)
         to_gate, to_up = out.chunk(2, -1)
-        torch.mul(upstream[0], act(gate), out=to_up)
-        to_gate.copy_(act_backward(upstream[0] * up, gate))
+        for rows in row_tiles(gate_up, gate.shape[1] * 8):
+            g, d = gate[rows].to(exact), upstream[0][rows].to(exact)
+            sigmoid = _sigmoid(g, ctx.activation)
+            value = sigmoid * g
+            to_up[rows] = value * d
+            # (g s(z))' = s + g s (1 - s) z'
+            slope = value.mul_(1 - sigmoid)
+            if ctx.activation == "gelu_tanh":
+                slope.mul_((g * g).mul_(3 * 0.044715 * _C).add_(_C))
+            to_gate[rows] = slope.add_(sigmoid).mul_(d).mul_(up[rows])
         return out, None
+
+
+def _sigmoid(g: torch.Tensor, activation: Activation) -> torch.Tensor:
+    """What g is multiplied by: a new tensor."""
+    return torch.sigmoid(g) if activation == "silu" else (g * g).mul_(0.044715 * _C).add_(_C).mul_(g).sigmoid_()
 
 
 def gated_plain(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:

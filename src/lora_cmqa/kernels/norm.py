@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from .tiles import row_tiles
+
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """x [..., width] -> [..., width] of its dtype; weight [width], or [heads, width] for x [..., heads, width]."""
@@ -21,20 +23,30 @@ class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, offset: float) -> torch.Tensor:
         exact = torch.promote_types(x.dtype, torch.float32)
-        wide = x.to(exact)
-        inverse = wide.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        gain, out = _gain(weight, offset, exact), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        inverse = torch.empty(*x.shape[:-1], 1, dtype=exact, device=x.device)
+        for rows in row_tiles(x, x[:1].numel() * inverse.element_size()):
+            wide = x[rows].to(exact)
+            squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()
+            inverse[rows] = squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+            out[rows] = (wide * inverse[rows]).mul_(gain)
         ctx.save_for_backward(x, weight, inverse)
         ctx.offset = offset
-        return (wide * inverse).mul_(_gain(weight, offset, exact)).to(x.dtype)
+        return out
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         x, weight, inverse = ctx.saved_tensors
-        direction = x.to(inverse.dtype) * inverse
-        gradient = upstream[0].to(inverse.dtype) * _gain(weight, ctx.offset, inverse.dtype)
-        along = (gradient * direction).mean(-1, keepdim=True)  # growing the whole row changes nothing
-        return gradient.sub_(direction.mul_(along)).mul_(inverse).to(x.dtype), None, None, None
+        exact = inverse.dtype
+        gain, out = _gain(weight, ctx.offset, exact), torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for rows in row_tiles(x, x[:1].numel() * inverse.element_size()):
+            direction = x[rows].to(exact) * inverse[rows]
+            gradient = upstream[0][rows].to(exact) * gain
+            # Growing the whole row changes nothing, so what lies along it is taken out.
+            along = torch.linalg.vecdot(gradient, direction).div_(x.shape[-1])[..., None]
+            out[rows] = gradient.addcmul_(direction, along, value=-1).mul_(inverse[rows])
+        return out, None, None, None
 
 
 def _gain(weight: torch.Tensor, offset: float, dtype: torch.dtype) -> torch.Tensor:
