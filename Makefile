@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two test processes of one thread each: the tiny models gain nothing from more threads.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo test test-all check bench lock clean
 .DEFAULT_GOAL := help
 
 help:
@@ -41,6 +41,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What a release pins by hash: the plain install with demo and track, for Linux with the CPU build of torch.
+lock: $(VENV)/.dev
+	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --generate-hashes --strip-extras --no-annotate \
+	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links -c constraints.txt \
+	  --extra demo --extra track -o requirements.lock pyproject.toml
 
 clean:
 	rm -rf $(VENV) runs data build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
