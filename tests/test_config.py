@@ -1,13 +1,32 @@
 """Settings: one tree, defaults < YAML < flags, and a helpful no."""
 
 import contextlib
+import difflib
 import json
+import math
+import re
+import tempfile
+from pathlib import Path
 
 import pytest
-from hypothesis import given
+import yaml
+from hypothesis import assume, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from lora_cmqa.config import Config, as_flat_dict, as_yaml, config_hash, parse, rewrite_argv, settings
+from lora_cmqa.config import (
+    _RANGES,
+    Config,
+    DataConfig,
+    TrainConfig,
+    _names,
+    as_flat_dict,
+    as_yaml,
+    config_hash,
+    parse,
+    rewrite_argv,
+    settings,
+)
 from lora_cmqa.errors import ConfigError
 
 
@@ -118,6 +137,119 @@ def test_no_argv_does_anything_but_parse_or_say_what_is_wrong(argv):
         return
     with contextlib.suppress(ConfigError):
         json.dumps(as_flat_dict(parse(Config, argv)))
+
+
+# ---- fuzzing: unknown keys, wrong types, out of range, in flags and in YAML ----------------------------------------
+
+every = list(settings(Config))
+fuzzed = hypothesis_settings(max_examples=50, deadline=None)
+
+
+def refused(argv=(), yaml=None) -> str:
+    """What a ConfigError says; nothing else may come out of settings that are wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "c.yaml"
+        file.write_text(yaml or "", encoding="utf-8")
+        with pytest.raises(ConfigError) as error:
+            parse(Config, argv, yaml_file=file)
+    return str(error.value)
+
+
+@st.composite
+def misspelt(draw):
+    """A setting and its name with one letter too many, too few, wrong, or two of them swapped."""
+    setting = draw(st.sampled_from(every))
+    name = setting.name.rsplit(".", 1)[1]
+    at = draw(st.integers(0, len(name) - 2))
+    letter = draw(st.sampled_from("abexz"))
+    how = draw(st.integers(0, 3))
+    wrong = (
+        name[:at] + letter + name[at:],
+        name[:at] + name[at + 1 :],
+        name[:at] + letter + name[at + 1 :],
+        name[:at] + name[at + 1] + name[at] + name[at + 2 :],
+    )[how]
+    assume(wrong.replace("_", "-").lower() not in _names(Config) and not wrong.startswith("no_"))
+    return setting, name, wrong
+
+
+@fuzzed
+@given(misspelt())
+def test_an_unknown_key_is_named_with_the_nearest_one(case):
+    setting, name, wrong = case
+    room = setting.name.partition(".")[0]
+    shown = wrong.replace("_", "-")
+    for said, typed in (
+        (refused([f"--{shown}", "1"]), shown),
+        (refused(yaml=f"{room}:\n  {wrong}: 1\n"), f"{room}.{shown}"),
+    ):
+        assert f"unknown setting --{typed}" in said
+        suggested = re.search(r"Did you mean --(\S+)\?", said)[1]
+        assert near(typed, suggested) >= near(typed, name.replace("_", "-"))  # that one, or one that is nearer still
+
+
+def near(a: str, b: str) -> float:
+    return difflib.SequenceMatcher(None, b, a).ratio()
+
+
+@pytest.mark.parametrize("setting", [s for s in every if s.is_bool or s.choices or s.kind in (int, float)], ids=str)
+def test_a_wrong_type_is_named(setting):
+    shown, (room, _, name) = setting.name.replace("_", "-"), setting.name.partition(".")
+    assert shown in refused([f"--{shown}=perhaps"])
+    for value in ("perhaps", "[1, 2]"):
+        said = refused(yaml=f"{room}: {{{name}: {value}}}")
+        assert shown in said or setting.name in said
+    if setting.kind is int:
+        assert shown in refused([f"--{shown}", "1.5"])
+
+
+def test_every_number_has_a_range():
+    assert {s.name for s in every if s.kind in (int, float)} == _RANGES.keys()
+
+
+@pytest.mark.parametrize(("name", "ends"), _RANGES.items(), ids=str)
+def test_out_of_range_is_named(name, ends):
+    low, high = ends
+    kind = next(s.kind for s in every if s.name == name)
+    beyond = [low - 1] if math.isinf(high) else [low - 1, high + 1]
+    for value in beyond:
+        said = refused([f"--{name}={kind(value)}"])
+        assert f"--{name.replace('_', '-')} is {kind(value)}" in said
+        assert f"{low:g} .. {high:g}" in said
+    if kind is float:
+        for value in (".nan", ".inf"):
+            assert "finite" in refused(yaml=f"{name.partition('.')[0]}: {{{name.partition('.')[2]}: {value}}}")
+
+
+leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.dates()
+keys = st.sampled_from([*names, *(n.partition(".")[2] for n in names), "model", "data", "lora", "train"]) | st.text()
+trees = st.recursive(leaves, lambda t: st.lists(t, max_size=3) | st.dictionaries(keys, t, max_size=3), max_leaves=8)
+
+
+@fuzzed
+@given(st.dictionaries(keys, trees, min_size=1, max_size=4))
+def test_no_yaml_does_anything_but_parse_or_say_what_is_wrong(content):
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(ConfigError):
+        file = Path(folder) / "c.yaml"
+        file.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8", errors="ignore")
+        json.dumps(as_flat_dict(parse(Config, yaml_file=file)))
+
+
+texts = st.text(st.characters(exclude_categories=("Cs", "Cc")), max_size=12).filter(lambda t: t != "None")
+
+
+@fuzzed
+@given(texts | texts.map(lambda t: "-" + t), st.floats(0, 10), st.integers(0, 2**63 - 1), st.booleans())
+def test_any_text_and_number_is_read_back_from_a_written_config(text, rate, seed, flag):
+    """config.yaml is what a resume compares with; a text that begins with a dash is no flag there."""
+    config = Config(
+        data=DataConfig(system=text, path=text),
+        train=TrainConfig(learning_rate=rate, seed=seed, bf16=flag),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(as_yaml(config), encoding="utf-8")
+        assert parse(Config, yaml_file=file) == config
 
 
 def test_rewriting_twice_changes_nothing():

@@ -312,7 +312,11 @@ def _tyro_words(setting: Setting, values: list[str], negated: bool) -> list[str]
         values = [by_case[values[0].lower()]]
     if setting.kind is float and values and values[0].lower().lstrip("+-") in ("nan", "inf", "infinity"):
         raise ConfigError(f"{flag} must be a finite number, not {values[0]}")
-    return [flag, *values]
+    if not any(value.startswith("-") for value in values):
+        return [flag, *values]
+    if setting.is_list:
+        raise ConfigError(f"{flag}: {next(v for v in values if v.startswith('-'))!r} begins with a dash")
+    return [f"{flag}={values[0]}"]  # else a text that begins with a dash would be read as a flag
 
 
 def _yaml_words(tree: type, file: Path) -> list[str]:
@@ -414,7 +418,7 @@ def _last_of_each(words: list[str]) -> list[str]:
     current: list[str] = []
     for word in words:
         if word.startswith("--"):
-            key = re.sub(r"(^--|\.)no-", r"\1", word)
+            key = re.sub(r"(^--|\.)no-", r"\1", word.partition("=")[0])
             groups.pop(key, None)
             current = groups.setdefault(key, [])
         current.append(word)
