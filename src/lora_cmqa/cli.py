@@ -38,7 +38,8 @@ class DemoArgs:
 @dataclass(frozen=True)
 class PrepareArgs:
     source: str = ""
-    """cMQA / cMedQA folder or zip, CSV, JSONL, Alpaca, ShareGPT, the seed's conversations JSON."""
+    """cMQA / cMedQA folder or zip, CSV, JSONL, Alpaca, ShareGPT, the seed's conversations JSON, a folder of such files,
+    hf:owner/name, or a YAML file of several sources with weights."""
     out: str = ""
     """Folder to write (with --format conversations a .json path is the file)."""
     format: Literal["messages", "conversations"] = "messages"

@@ -1,6 +1,7 @@
-"""Fetch a model by name. The only room that opens a socket, and only when a name is not a local path.
+"""Fetch a model or a dataset by name. The only room that opens a socket, and only when a name is not a local path.
 
-    fetch("Qwen/Qwen3-0.6B") -> folder in the hub's own cache
+    fetch("Qwen/Qwen3-0.6B")       -> folder in the hub's own cache
+    fetch_dataset("owner/name")    -> its rows by split
 
 The Hugging Face hub, or where HF_ENDPOINT points (a mirror); CMQA_HUB=modelscope takes ModelScope.
 Only weights as safetensors, JSON and tokenizer files come: no Python file, no pickle.
@@ -9,9 +10,11 @@ Only weights as safetensors, JSON and tokenizer files come: no Python file, no p
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-from .errors import ModelError
+from .errors import DataError, ModelError
 
 FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt", "*.tiktoken", "LICENSE*"]
 LEAVE = ["*/*"]  # sub-folders hold other formats (onnx/, original/, gguf/)
@@ -36,6 +39,39 @@ def fetch_config(name: str) -> Path:
     """config.json of a hub model, and nothing else: enough to plan with. Raises ModelError as `fetch` does."""
     folder = _fetch(name, ["config.json"])
     return folder / "config.json"
+
+
+def fetch_dataset(name: str) -> dict[str, Iterable[Mapping[str, Any]]]:
+    """The rows of a Hugging Face dataset by split: `owner/name`, `owner/name:config`, `owner/name@revision`.
+
+    Downloaded on first use into the hub's own cache, memory-mapped from there. From version 4 on `datasets` runs no
+    script of a dataset. Raises DataError: the package is missing, no such dataset, no access, no network.
+    """
+    endpoint = os.environ.get("HF_ENDPOINT", "the Hugging Face hub")
+    if os.environ.get("CMQA_HUB", "huggingface").lower() == "modelscope":
+        raise DataError(
+            f"{name} would come from {endpoint}, and CMQA_HUB=modelscope says otherwise",
+            hint="Unset CMQA_HUB for this command (HF_ENDPOINT names a mirror), or download the files and name them.",
+        )
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{name} needs the datasets package, which is not installed", hint='pip install "lora-cmqa[datasets]"'
+        ) from None
+    if int(datasets.__version__.split(".")[0]) < 4:
+        raise DataError(
+            f"datasets {datasets.__version__} may run a dataset's own script", hint='pip install "datasets>=4"'
+        )
+    where, _, revision = name.partition("@")
+    where, _, config = where.partition(":")
+    try:
+        return dict(datasets.load_dataset(where, config or None, revision=revision or None))
+    except Exception as e:  # the package raises its own errors, the hub's, OSError and ValueError for like causes
+        raise DataError(
+            f"dataset {name} cannot be fetched from {endpoint}: {(str(e).splitlines() or [type(e).__name__])[0][:200]}",
+            hint="Without a hub: download its files (CSV, JSON, JSON lines) and name the folder.",
+        ) from None
 
 
 def _from_huggingface(name: str, files: list[str]) -> Path:

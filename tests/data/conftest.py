@@ -4,10 +4,35 @@ import random
 from pathlib import Path
 
 import pytest
+from hypothesis import strategies as st
 
 from lora_cmqa.core import Example, Message
 from lora_cmqa.data.personal import KINDS
 from lora_cmqa.data.prepare import prepare
+
+# Pieces that the rules look for: joined at random, what one rule leaves another may find.
+PIECES = (
+    *("孩子发烧", "请多休息", "建议就医", "好", "a", " ", "\n", "。", "，", "、", "？", "（"),
+    *(
+        "&amp。",
+        "amp。",
+        "&lt;",
+        "lt。",
+        "b&gt。",
+        "<b>",
+        "</b>",
+        "{[",
+        "]x}",
+        "<!--",
+        "-->",
+        "\u200b",
+        "\u3000",
+        "\ufffd",
+    ),
+    *("1", "。5", "2。3", "０", "的话", "但是", "了，", "望采纳", "请", "采纳", "点击咨询", "不想活"),
+    *("138", "1234", "5678", "QQ：", "微信", "abc_123", "@qq.com", "www。", "b。com", "400-", "045-6799"),
+)
+dirty_text = st.lists(st.sampled_from(PIECES), max_size=10).map("".join)
 
 
 def row(question="孩子发烧怎么办", answer="建议多喝水，注意休息，必要时去医院。", id="1", **more):

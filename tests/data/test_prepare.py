@@ -2,8 +2,12 @@
 
 import json
 import random
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lora_cmqa.data.clean import RULES
 from lora_cmqa.data.personal import find_personal_data
@@ -11,7 +15,7 @@ from lora_cmqa.data.prepare import load_split, prepare
 from lora_cmqa.data.sources import read_messages, write_messages
 from lora_cmqa.errors import DataError, ResourceError
 
-from .conftest import cmqa, planted, row
+from .conftest import cmqa, dirty_text, planted, row
 
 
 def test_mini_names_every_full_stop_between_digits(mini_report):
@@ -29,12 +33,32 @@ def test_mini_every_row_is_accounted_for(mini_report):
     assert sum(len(load_split(out, s)) for s in ("train", "dev", "test")) == report["kept"]
 
 
+def written(folder):
+    """Every file of a prepared folder that a training or an evaluation reads."""
+    names = {"train.jsonl", "dev.jsonl", "test.jsonl", "answers.jsonl"}
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.jsonl") if p.name in names}
+
+
 def test_prepare_changes_nothing_in_its_own_output(mini_report, tmp_path):
     _, out = mini_report
     again = prepare(out, tmp_path / "again")
     assert (again["repaired"], again["rejected"]) == (0, 0)
-    for s in ("train", "dev", "test"):
-        assert (out / f"{s}.jsonl").read_bytes() == (tmp_path / "again" / f"{s}.jsonl").read_bytes()
+    assert len(written(out)) == 7
+    assert written(tmp_path / "again") == written(out)
+
+
+@given(st.lists(st.tuples(dirty_text, dirty_text), min_size=1, max_size=8), st.integers(0, 3))
+@settings(max_examples=25, deadline=None)
+def test_prepare_is_idempotent_on_any_rows(pairs, seed):
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        rows = [row(), *(row(q, a, id=str(i)) for i, (q, a) in enumerate(pairs))]  # one is kept whatever the others are
+        write_messages(folder / "in.jsonl", rows)
+        report = prepare(folder / "in.jsonl", folder / "o", seed=seed)
+        assert report["read"] == len(rows) == report["kept"] + report["rejected"]
+        again = prepare(folder / "o", folder / "p", seed=seed + 1)
+        assert (again["read"], again["kept"], again["repaired"]) == (report["kept"], report["kept"], 0)
+        assert written(folder / "p") == written(folder / "o")
 
 
 def test_cepilepsyqa_leaks_and_hotlines(cepilepsyqa, tmp_path):

@@ -5,7 +5,8 @@ import re
 from collections import Counter
 from importlib.resources import files
 
-from lora_cmqa.data.sources import read_candidates, read_cmqa, read_messages, read_splits
+from lora_cmqa.data.candidates import read_candidates
+from lora_cmqa.data.sources import read_cmqa, read_messages, read_splits
 from lora_cmqa.data.split import jaccard, shingles
 from lora_cmqa.demo import QUESTIONS, SAMPLE
 

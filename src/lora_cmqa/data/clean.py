@@ -20,6 +20,7 @@ from typing import Any
 from ..core import Example, Message
 from ..errors import ConfigError
 from . import personal
+from .mix import is_copy
 
 PASSES = 8  # at most: what one rule leaves another may find, so the repairs run until nothing changes
 SAMPLES = 3  # kept per rule, before and after
@@ -285,7 +286,7 @@ def clean(
     repairs = {n: f for n, f in REPAIRS.items() if n not in off}
     rejections = {n: f for n, f in REJECTIONS.items() if n not in off}
     kept: list[Example] = []
-    seen: set[tuple[str, ...]] = set()
+    seen: dict[tuple[str, ...], Example] = {}  # texts -> the first row that has them
     asked: set[tuple[str, str]] = set()  # a question with three answers is one row of its file
     for example in examples:
         report.read += 1
@@ -296,14 +297,14 @@ def clean(
                 report.flags[name].append(cleaned.id)
                 _count(report.rules[name], cleaned.question, cleaned.answer)
         reason = next((name for name, rejects in rejections.items() if rejects(cleaned)), None)
-        words = tuple(m.content for m in cleaned.messages)
-        if reason is None and DUPLICATE not in off and words in seen:
-            reason = DUPLICATE
+        if reason is None and DUPLICATE not in off:
+            first = seen.setdefault(tuple(m.content for m in cleaned.messages), cleaned)
+            if first is not cleaned and not is_copy(cleaned.id, of=first.id):
+                reason = DUPLICATE
         if reason is not None:
             _count(report.rules[reason], cleaned.question, cleaned.answer)
             report.rejects.append((cleaned, reason))
             continue
-        seen.add(words)
         report.repaired += touched
         report.kept += 1
         kept.append(cleaned)

@@ -14,7 +14,7 @@ import re
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -54,10 +54,11 @@ class DataFile:
             raise DataError(f"cannot be read: {e.strerror or e}", file=self.name) from None
 
 
-def data_files(path: Path) -> list[DataFile]:
+def data_files(path: Path, *, hint: str | None = None) -> list[DataFile]:
     """Every file of a folder (three levels deep), of a zip, of the zips in a folder; or the single file itself.
 
     Hidden files are left out; a file that stands both unpacked and in a zip is taken unpacked.
+    Raises DataError, with `hint`, where nothing is.
     """
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if p.is_file() and _is_shown(p.relative_to(path))]
@@ -68,7 +69,7 @@ def data_files(path: Path) -> list[DataFile]:
     if re.fullmatch(r"\.z\d\d", path.suffix.lower()):
         path = path.with_suffix(".zip")
     if not path.exists():
-        raise DataError("no such file or folder", file=path)
+        raise DataError("no such file or folder", file=path, hint=hint)
     return zip_files(path) if path.suffix.lower() == ".zip" else [on_disk(path)]
 
 
@@ -333,14 +334,25 @@ def open_text(file: DataFile) -> Iterator[io.TextIOWrapper]:
 def lines(file: DataFile) -> Iterator[str]:
     """The lines with their ends. Raises DataError for a line of more than MAX_LINE characters, in bounded memory."""
     with open_text(file) as text:
-        number = 0
-        while line := text.readline(MAX_LINE):
-            number += 1
-            if len(line) == MAX_LINE:
-                raise DataError(
-                    f"a line of more than {MAX_LINE >> 20} million characters",
-                    file=file.name,
-                    row=number,
-                    hint="A quote that is never closed, or no text with a row a line.",
-                )
-            yield line
+        yield from lines_of(text, file.name)
+
+
+def lines_of(text: io.TextIOWrapper, name: str) -> Iterator[str]:
+    """`lines` of an open file, from where it stands; `name` is what an error calls it."""
+    number = 0
+    while line := text.readline(MAX_LINE):
+        number += 1
+        if len(line) == MAX_LINE:
+            raise DataError(
+                f"a line of more than {MAX_LINE >> 20} million characters",
+                file=name,
+                row=number,
+                hint="A quote that is never closed, or no text with a row a line.",
+            )
+        yield line
+
+
+def find(folder: Path, names: Sequence[str]) -> DataFile | None:
+    """The first of `names` in a folder or zip; the one least deep where it stands in several folders."""
+    files = sorted(data_files(folder), key=lambda f: f.name.count("/"))
+    return next((f for n in names for f in files if f.base == n), None)

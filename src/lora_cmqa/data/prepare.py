@@ -1,9 +1,9 @@
 """A source -> a folder to train on, with an account of every row.
 
-read -> clean -> split by cluster -> write          kept + rejected = read, and report.json says so
+read -> clean -> split by cluster -> drop leaks -> weigh and limit -> write      kept + rejected = read, per source
 
 OUT/train.jsonl dev.jsonl test.jsonl       messages with id, question_id, source, split
-OUT/candidates/{train,dev,test}.jsonl      ranking lists, where the source has them; answers.jsonl holds their texts
+OUT/candidates/{train,dev,test}.jsonl      ranking lists, the source's or drawn ones; answers.jsonl holds their texts
 OUT/rejects.jsonl  report.json  report.html  data_card.json
 """
 
@@ -12,32 +12,40 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
-
-import numpy as np
 
 from ..core import Example, Split
 from ..errors import DataError, ResourceError
 from ..messages import say
+from .candidates import ANSWERS, FOLDER, SPLITS, CandidateList, draw_candidates, write_candidates
 from .clean import CleanReport, clean
+from .files import DataFile, on_disk
+from .mix import draw, read_sources, repeat
 from .report import as_html
-from .sources import (
-    is_cmqa,
-    read_candidates,
-    read_cmqa,
-    read_examples,
-    read_messages,
-    read_splits,
-    write_conversations,
-    write_messages,
-)
-from .split import Alike, find_alike, leaked_ids, leaks, split
+from .sources import CARD, HUB, Source, read_examples, read_messages, write_conversations, write_messages
+from .split import Alike, clusters, find_alike, leaking, leaks, split
 from .spun import refuse_spun
 
-SPLITS: tuple[Split, ...] = ("train", "dev", "test")
+
+@dataclass(slots=True)
+class _Rows:
+    """What becomes of the rows: in a split, or out with a reason. `repeated`: source number -> copies in train."""
+
+    kept: dict[Split, list[Example]]
+    rejects: list[tuple[Example, str]]
+    orphans: list[str]
+    repeated: Counter[int] = field(default_factory=Counter)
+
+    def reject(self, side: Split, out: Sequence[bool], reason: str) -> None:
+        rows = self.kept[side]
+        self.rejects += [(e, reason) for e, is_out in zip(rows, out, strict=True) if is_out]
+        self.kept[side] = [e for e, is_out in zip(rows, out, strict=True) if not is_out]
+
+    def reasons(self) -> Counter[str]:
+        return Counter(reason for _, reason in self.rejects) + Counter({"orphan": len(self.orphans)})
 
 
 def prepare(
@@ -59,6 +67,7 @@ def prepare(
 ) -> dict[str, Any]:
     """Prepare `source` into the folder `out` and return the report (the content of OUT/report.json).
 
+    source      a file, folder, zip or hf:owner/name (data/sources.py), or a YAML file of several (data/mix.py)
     format      conversations also writes the training rows as the seed's train.json
     limit       at most this many training rows, drawn by `seed`; the others are rejected with the reason "limit"
     no_clean    cleaning rules to switch off (data/clean.py names them)
@@ -70,52 +79,56 @@ def prepare(
 
     Raises DataError for a source that cannot be read or leaves no row, ResourceError when `out` cannot be written.
     """
-    source, out = Path(source), Path(out)
-    rejects: list[tuple[Example, str]] = []
-    orphans: list[str] = []
-    is_layout = is_cmqa(source)
-    if is_layout:
-        examples, orphans = read_cmqa(source, on_orphan=on_orphan)
-    else:
-        examples = read_examples(source)
-    read = len(examples) + len(orphans)
+    source, out = source if str(source).startswith(HUB) else Path(source), Path(out)
+    sources, weights = zip(*read_sources(source, on_orphan=on_orphan), strict=True)
+    examples = [e for s in sources for e in s.examples]
     spun = refuse_spun(examples, source, allow=allow_spun)
     kept, cleaned = clean(examples, off=no_clean, mask_names=mask_names)
-    rejects += cleaned.rejects
-    official = read_splits(source) if is_layout else {}
-    if official:
-        kept = [replace(e, split=official.get(e.question_id, "train")) for e in kept]
     others = {Path(a).name: read_examples(a) for a in against}
     alike = find_alike([*kept, *(e for o in others.values() for e in o)])
     kept = split(kept, dev=dev, test=test, seed=seed, alike=alike)
-    rows: dict[Split, list[Example]] = {s: [e for e in kept if e.split == s] for s in SPLITS}
-    found = {f"{s}_{name}": asdict(leaks(rows[s], o, alike)) for name, o in others.items() for s in SPLITS if rows[s]}
+    orphans = [i for s in sources for i in s.orphans]
+    rows = _Rows({s: [e for e in kept if e.split == s] for s in SPLITS}, list(cleaned.rejects), orphans)
+    sides = [s for s in SPLITS if rows.kept[s]]
+    found = {f"{s}_{n}": asdict(leaks(rows.kept[s], o, alike)) for n, o in others.items() for s in sides}
     if drop_leaks:
-        leaking = leaked_ids(
-            rows["train"], [*rows["dev"], *rows["test"], *(e for o in others.values() for e in o)], alike
-        )
-        rejects += [(e, "leak") for e in rows["train"] if e.id in leaking]
-        rows["train"] = [e for e in rows["train"] if e.id not in leaking]
-    if limit is not None and len(rows["train"]) > limit:
-        order = np.random.Generator(np.random.PCG64(seed)).permutation(len(rows["train"]))
-        chosen = set(order[:limit].tolist())
-        rejects += [(e, "limit") for i, e in enumerate(rows["train"]) if i not in chosen]
-        rows["train"] = [e for i, e in enumerate(rows["train"]) if i in chosen]
-    if not rows["train"]:
-        raise DataError(f"of {read} rows none is left to train on", file=source, hint="report.json names the reasons.")
-    report = _report(source, read, cleaned, rows, rejects, orphans, alike, official=bool(official), seed=seed)
+        held_out = [*rows.kept["dev"], *rows.kept["test"], *(e for o in others.values() for e in o)]
+        rows.reject("train", leaking(rows.kept["train"], held_out, alike), "leak")
+    _weigh(rows, sources, weights, limit, seed)
+    if not rows.kept["train"]:
+        named = ", ".join(f"{reason} {n}" for reason, n in rows.reasons().most_common())
+        raise DataError(f"of {len(examples)} rows none is left to train on (out are: {named})", file=source)
+    report = _report(source, sources, weights, cleaned, rows, alike, seed)
     report["against"], report["spun"] = found, spun
     try:
         out.mkdir(parents=True, exist_ok=True)
-        _write(out, rows, rejects, orphans, format)
-        if is_layout:
-            report["candidates"] = _write_candidates(out / "candidates", source, kept)
-        _write_card(out, source, report, licence)
-        (out / "report.html").write_text(as_html(report, rows), encoding="utf-8")
+        (out / CARD).unlink(missing_ok=True)
+        _write(out, rows, format)
+        texts = {e.id: (e.question_id, e.answer) for e in kept}
+        report |= _write_candidates(out / FOLDER, sources, rows, texts, alike, seed)
+        (out / "report.html").write_text(as_html(report, rows.kept), encoding="utf-8")
         (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        _write_card(out, sources, report, licence)  # last: it says that the folder is whole
     except OSError as e:
         raise ResourceError(f"cannot be written: {e.strerror}", file=out, hint="Name another --out.") from None
     return report
+
+
+def _weigh(rows: _Rows, sources: Sequence[Source], weights: Sequence[float], limit: int | None, seed: int) -> None:
+    """Training rows by the weights of their sources, at most `limit` of them."""
+    train = rows.kept["train"]
+    by_weight, by_limit = draw(_source_of(train, sources), weights, limit=limit, seed=seed)
+    rows.rejects += [(e, "weight") for e, n in zip(train, by_weight, strict=True) if not n]
+    rows.rejects += [(e, "limit") for e, n, m in zip(train, by_weight, by_limit, strict=True) if n and not m]
+    rows.kept["train"] = repeat(train, by_limit)
+    for source, n in zip(_source_of(train, sources), by_limit, strict=True):
+        rows.repeated[source] += max(0, n - 1)
+
+
+def _source_of(examples: Iterable[Example], sources: Sequence[Source]) -> list[int]:
+    """Of several sources each id begins with its source's name."""
+    place = {s.name: i for i, s in enumerate(sources)}
+    return [place[e.id.split(":", 1)[0]] if len(sources) > 1 else 0 for e in examples]
 
 
 def load_split(path: str | Path, name: str, *, dev_fraction: float = 0.0, seed: int = 42) -> list[Example]:
@@ -152,108 +165,137 @@ def print_summary(report: dict[str, Any]) -> None:
 
 
 def _report(
-    source: Path,
-    read: int,
+    source: str | Path,
+    sources: Sequence[Source],
+    weights: Sequence[float],
     cleaned: CleanReport,
-    rows: dict[Split, list[Example]],
-    rejects: list[tuple[Example, str]],
-    orphans: list[str],
+    rows: _Rows,
     alike: Alike,
-    *,
-    official: bool,
     seed: int,
 ) -> dict[str, Any]:
-    kept = sum(len(r) for r in rows.values())
-    reasons = Counter(reason for _, reason in rejects)
-    reasons.update({"orphan": len(orphans)} if orphans else {})
-    assert kept + reasons.total() == read, "a row vanished"
+    accounts = _accounts(sources, weights, rows)
+    reasons = rows.reasons()
     sides: tuple[tuple[Split, Split], ...] = (("dev", "train"), ("test", "train"), ("test", "dev"))
-    pairs = [(a, b) for a, b in sides if rows[a] and rows[b]]
+    pairs = [(a, b) for a, b in sides if rows.kept[a] and rows.kept[b]]
     return {
-        "source": source.name,
-        "read": read,
-        "kept": kept,
+        "source": str(source)
+        if len(sources) == 1 and sources[0].name.startswith(HUB)
+        else Path(source).absolute().name,
+        "sources": accounts,
+        "read": sum(a["read"] for a in accounts),
+        "kept": sum(a["kept"] for a in accounts),
         "repaired": cleaned.repaired,
         "rejected": reasons.total(),
+        "repeated": rows.repeated.total(),
         "reasons": dict(sorted(reasons.items())),
-        "splits": {s: len(rows[s]) for s in SPLITS},
-        "official_split": official,
+        "splits": {s: len(rows.kept[s]) for s in SPLITS},
+        "official_split": all(e.split for s in sources for e in s.examples),
         "rules": cleaned.as_dict()["rules"],
         "flags": cleaned.flags,
         "digit_stops": cleaned.digit_stops,
-        "leaks": {f"{a}_{b}": asdict(leaks(rows[a], rows[b], alike)) for a, b in pairs},
+        "leaks": {f"{a}_{b}": asdict(leaks(rows.kept[a], rows.kept[b], alike)) for a, b in pairs},
         "seed": seed,
     }
 
 
-def _write(
-    out: Path,
-    rows: dict[Split, list[Example]],
-    rejects: list[tuple[Example, str]],
-    orphans: list[str],
-    format: str,
-) -> None:
+def _accounts(sources: Sequence[Source], weights: Sequence[float], rows: _Rows) -> list[dict[str, Any]]:
+    """read = kept + rejected for each source; `repeated` are copies that its weight asked for."""
+    written = Counter(_source_of((e for s in SPLITS for e in rows.kept[s]), sources))
+    rejected = Counter(_source_of((e for e, _ in rows.rejects), sources))
+    accounts = []
+    for i, (source, weight) in enumerate(zip(sources, weights, strict=True)):
+        kept, out = written[i] - rows.repeated[i], rejected[i] + len(source.orphans)
+        assert kept + out == len(source.examples) + len(source.orphans), "a row vanished"
+        accounts.append(
+            {
+                "name": source.name,
+                "weight": weight,
+                "read": kept + out,
+                "kept": kept,
+                "rejected": out,
+                "repeated": rows.repeated[i],
+                "ignored_files": source.ignored,
+            }
+        )
+    return accounts
+
+
+# ---- writing -----------------------------------------------------------------------------------------------------
+
+
+def _write(out: Path, rows: _Rows, format: str) -> None:
     for s in SPLITS:
-        write_messages(out / f"{s}.jsonl", rows[s])
+        write_messages(out / f"{s}.jsonl", rows.kept[s])
     if format == "conversations":
-        write_conversations(out / "train.json", rows["train"])
+        write_conversations(out / "train.json", rows.kept["train"])
     with (out / "rejects.jsonl").open("w", encoding="utf-8") as f:
-        for e, reason in rejects:
+        for e, reason in rows.rejects:
             turns = [{"role": m.role, "content": m.content} for m in e.messages]
             f.write(json.dumps({"id": e.id, "reason": reason, "messages": turns}, ensure_ascii=False) + "\n")
-        for identity in orphans:
+        for identity in rows.orphans:
             f.write(json.dumps({"id": identity, "reason": "orphan"}) + "\n")
 
 
-def _write_candidates(folder: Path, source: Path, kept: Sequence[Example]) -> dict[str, int]:
-    """Ranking lists over the kept rows; an answer that was rejected leaves every list. Returns questions per split."""
-    texts = {e.id: e for e in kept}
-    questions = {e.question_id: e.question for e in kept}
-    counts: dict[str, int] = {}
-    used: set[str] = set()
+def _write_candidates(
+    folder: Path,
+    sources: Sequence[Source],
+    rows: _Rows,
+    texts: dict[str, tuple[str, str]],
+    alike: Alike,
+    seed: int,
+) -> dict[str, Any]:
+    """The sources' lists; for dev and test of a source without any, drawn ones. `texts`: what every clean row answers,
+    also a training row that a limit left out. Returns questions per split, and the splits with drawn lists."""
+    for name in (*(f"{s}.jsonl" for s in SPLITS), ANSWERS):  # of an earlier call
+        (folder / name).unlink(missing_ok=True)
+    lists: dict[Split, list[CandidateList]] = {s: [] for s in SPLITS}
+    drawn: set[Split] = set()
     for s in SPLITS:
-        lists = [c for c in read_candidates(source, s) if c.question_id in questions]
-        if not lists:
-            continue
-        folder.mkdir(exist_ok=True)
-        with (folder / f"{s}.jsonl").open("w", encoding="utf-8") as f:
-            written = 0
-            for c in lists:
-                here = [(a, y) for a, y in zip(c.candidates, c.labels, strict=True) if a in texts]
-                if not any(y for _, y in here):
-                    continue
-                used.update(a for a, _ in here)
-                written += 1
-                row = {
-                    "question_id": c.question_id,
-                    "question": questions[c.question_id],
-                    "candidates": [a for a, _ in here],
-                    "labels": [y for _, y in here],
-                }
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
-        counts[s] = written
-    if counts:
-        with (folder / "answers.jsonl").open("w", encoding="utf-8") as f:
-            for a in sorted(used):
-                e = texts[a]
-                row = {"ans_id": a, "question_id": e.question_id, "content": e.answer}
-                f.write(json.dumps(row, ensure_ascii=False) + "\n")
-    return counts
+        here = rows.kept[s]
+        numbers = clusters(here, alike) if s != "train" else []
+        for i, source in enumerate(sources):
+            if source.candidates.lists.get(s):
+                lists[s] += source.candidates.lists[s]
+            elif s != "train":
+                own = [j for j, n in enumerate(_source_of(here, sources)) if n == i]
+                made = draw_candidates([here[j] for j in own], [numbers[j] for j in own], seed=seed)
+                lists[s] += made
+                drawn |= {s} if made else set()
+    rejected = {e.id for e, reason in rows.rejects}
+    carried = {a: t for source in sources for a, t in source.candidates.texts.items() if a not in rejected}
+    questions = {s: {e.question_id: e.question for e in rows.kept[s]} for s in SPLITS}
+    counts = write_candidates(folder, lists, questions, carried | texts)
+    return {"candidates": counts, "candidates_drawn": sorted(drawn)}
 
 
-def _write_card(out: Path, source: Path, report: dict[str, Any], licence: str) -> None:
+def _write_card(out: Path, sources: Sequence[Source], report: dict[str, Any], licence: str) -> None:
     """data_card.json: what went in and what came out, by hash; it travels into the run folder and the model card."""
-    inputs = sorted(p for p in source.iterdir() if p.is_file()) if source.is_dir() else [source]
+    inputs: dict[str, str] = {}
+    for source in sources:
+        before = f"{source.name}/" if len(sources) > 1 else ""
+        inputs |= {before + name: _sha256_of(file) for name, file in sorted(source.files.items())}
+        if not source.files:  # a dataset of a hub: its rows are what was read
+            inputs[source.name] = _sha256_of_rows(source.examples)
     card = {
-        "source": source.name,
+        "source": report["source"],
         "licence": licence,
-        "inputs": {p.name: _sha256(p) for p in inputs},
-        "outputs": {f"{s}.jsonl": _sha256(out / f"{s}.jsonl") for s in SPLITS},
+        "inputs": inputs,
+        "outputs": {f"{s}.jsonl": _sha256_of(on_disk(out / f"{s}.jsonl")) for s in SPLITS},
         "rows": report["splits"],
     }
-    (out / "data_card.json").write_text(json.dumps(card, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+    (out / CARD).write_text(json.dumps(card, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+def _sha256_of(file: DataFile) -> str:
+    digest = hashlib.sha256()
+    with file.open() as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sha256_of_rows(examples: Iterable[Example]) -> str:
+    digest = hashlib.sha256()
+    for e in examples:
+        digest.update(json.dumps(asdict(e), ensure_ascii=False, sort_keys=True).encode())
+    return digest.hexdigest()

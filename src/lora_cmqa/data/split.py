@@ -159,14 +159,14 @@ def leaks(one: Sequence[Example], other: Sequence[Example], alike: Alike | None 
     return Leaks(*counts)
 
 
-def leaked_ids(one: Sequence[Example], other: Sequence[Example], alike: Alike | None = None) -> set[str]:
-    """Ids of the examples of `one` whose question or answer has a near-duplicate in `other`."""
+def leaking(one: Sequence[Example], other: Sequence[Example], alike: Alike | None = None) -> list[bool]:
+    """Of each example of `one`: has its question or its answer a near-duplicate in `other`?"""
     alike = alike or find_alike([*one, *other])
     hit = {
         kind: _standing_in({getattr(e, kind) for e in one}, {getattr(e, kind) for e in other}, pairs)
         for kind, pairs in alike.items()
     }
-    return {e.id for e in one if e.question in hit["question"] or e.answer in hit["answer"]}
+    return [e.question in hit["question"] or e.answer in hit["answer"] for e in one]
 
 
 def _standing_in(mine: set[str], theirs: set[str], pairs: Sequence[tuple[str, str]]) -> set[str]:

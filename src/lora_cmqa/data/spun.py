@@ -27,7 +27,7 @@ def spun_rows(examples: Sequence[Example]) -> dict[str, dict[str, int]]:
     return found
 
 
-def refuse_spun(examples: Sequence[Example], source: Path, *, allow: bool) -> dict[str, dict[str, int]]:
+def refuse_spun(examples: Sequence[Example], source: str | Path, *, allow: bool) -> dict[str, dict[str, int]]:
     """What `spun_rows` found, for the report. Raises DataError when it found something and `allow` is False."""
     found = spun_rows(examples)
     if found and not allow:

@@ -80,7 +80,10 @@ SETTINGS: dict[str, str] = {
     "demo model": "基座：内置模型、模型名或本地文件夹。",
     "demo max_steps": "提前结束训练；-1 为完整演示。",
     # prepare
-    "prepare source": "cMQA / cMedQA 文件夹或压缩包、CSV、JSONL、Alpaca、ShareGPT、conversations 格式的 JSON。",
+    "prepare source": (
+        "cMQA / cMedQA 文件夹或压缩包、CSV、JSONL、Alpaca、ShareGPT、conversations 格式的 JSON、含上述文件的文件夹、"
+        "hf:owner/name，或列出多个来源及权重的 YAML 文件。"
+    ),
     "prepare out": "要写入的文件夹（--format conversations 时也可以是 .json 文件）。",
     "prepare format": "conversations：另写一份原脚本用的 train.json。",
     "prepare limit": "最多取多少训练行。",
