@@ -18,7 +18,7 @@ import numpy as np
 from ..config import Config, EvaluateConfig, parse
 from ..core import Example, TokenizedExample
 from ..data.prepare import load_split
-from ..data.split import leaked_ids
+from ..data.split import leaking
 from ..data.template import encode_all
 from ..engine.chat import Chat
 from ..engine.run import OpenRun, open_run
@@ -212,8 +212,8 @@ def _leaked(examples: Sequence[Example], run: Config, source: Path) -> set[str] 
     """Questions of which a row has a near-duplicate among the training rows; None where those are not here."""
     for place in (Path(run.data.path or ""), source):
         if place.exists() and (train := load_split(place, "train") if place.is_file() or _is_prepared(place) else []):
-            ids = leaked_ids(examples, train)
-            return {x.question_id for x in examples if x.id in ids}
+            found = leaking(examples, train)
+            return {e.question_id for e, leaks in zip(examples, found, strict=True) if leaks}
     return None
 
 
