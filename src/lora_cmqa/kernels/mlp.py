@@ -36,7 +36,8 @@ class _Gated(torch.autograd.Function):
         out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         for rows in row_tiles(gate_up, gate.shape[1] * 8):
             g = gate[rows].to(exact)
-            out[rows] = _sigmoid(g, activation).mul_(g).mul_(up[rows])
+            value = _sigmoid(g, activation).mul_(g).to(gate.dtype)  # rounded before the product, as transformers does
+            out[rows] = value.mul_(up[rows])
         return out
 
     @staticmethod
