@@ -280,7 +280,8 @@ class Qwen1Rotary(nn.Module):
 
         alpha = 2^ceil(log2(length / seq_length) + 1) - 1        1 up to seq_length; in evaluation only
 
-    forward(x, position_ids [rows, tokens]) -> cos, sin [rows, tokens, head_dim] in x's dtype. Rows packed end to end
+    forward(x, position_ids [rows, tokens]) -> cos, sin [rows, tokens, head_dim] in x's dtype; the angles are float32
+    as the original's (float64 for a float64 model). Rows packed end to end
     (positions that start again at 0) count each by its own length. With a cache, alpha stays what it was when the
     row began, as in the original.
     """
@@ -295,18 +296,21 @@ class Qwen1Rotary(nn.Module):
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         positions = position_ids.to(x.device)
         alphas = self._alphas(positions) if self.v1.dynamic_ntk and not self.training else None
-        angles = positions[..., None].float() * self._inv_freq(1.0, x.device)
+        exact = torch.promote_types(x.dtype, torch.float32)
+        angles = positions[..., None].to(exact) * self._inv_freq(1.0, exact, x.device)
         if alphas is not None:
             for alpha in alphas.unique().tolist():
                 if alpha != 1.0:
                     at = (alphas == alpha)[..., None]
-                    angles = torch.where(at, positions[..., None].float() * self._inv_freq(alpha, x.device), angles)
+                    angles = torch.where(
+                        at, positions[..., None].to(exact) * self._inv_freq(alpha, exact, x.device), angles
+                    )
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
-    def _inv_freq(self, alpha: float, device: torch.device) -> torch.Tensor:
+    def _inv_freq(self, alpha: float, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         theta = self.v1.theta * alpha ** (self.dim / (self.dim - 2))
-        return (1.0 / (theta ** (torch.arange(0, self.dim, 2, dtype=torch.float) / self.dim))).to(device)
+        return (1.0 / (theta ** (torch.arange(0, self.dim, 2, dtype=dtype) / self.dim))).to(device)
 
     def _alphas(self, positions: torch.Tensor) -> torch.Tensor:
         """float [rows, tokens]."""
