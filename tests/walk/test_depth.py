@@ -85,7 +85,16 @@ def test_every_verb_works_without_being_told(run, expected, tmp_path, capsys, mo
     assert main(["chat", str(run), "--dtype", "float32"]) == 0
     assert main(["compare", str(run), "头痛", "--dtype", "float32", "--max-new-tokens", "4"]) == 0
     rows = ["--data", str(held_out(tmp_path / "data"))]
-    few = ["--generate-rows", "0", "--bootstrap-samples", "100", "--dtype", "float32"]
+    few = [
+        "--generate-rows",
+        "0",
+        "--no-red-flags",
+        "--no-general-chat",
+        "--bootstrap-samples",
+        "100",
+        "--dtype",
+        "float32",
+    ]
     assert main(["eval", str(run), *rows, *few]) == 0
     assert main(["merge", str(run), "--out", str(tmp_path / "merged")]) == 0
     capsys.readouterr()
