@@ -56,7 +56,7 @@ _QUICK = {
     "generate_rows": 100,
     "rank_questions": 60,
     "rank_candidates": 20,
-    "rank_tokens": 48,
+    "rank_tokens": 32,
     "probe_questions": 100,
     "max_new_tokens": 80,
 }

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,8 +59,8 @@ def candidate_sets(
     """The split's ranking lists, and whether they come from the data's candidates file.
 
     questions    drawn by seed; -1 takes all
-    candidates   of each list: every right answer and the first of the wrong ones in one seeded order of all answers,
-                 so that lists share answers and log P(answer) is needed for fewer; 0 takes the whole list
+    candidates   of each list: every right answer, and of the wrong ones those that stand in most lists, by seed
+                 among equals: lists share answers, and log P(answer) is needed for fewer; 0 takes the whole list
 
     Without a candidates file the wrong ones are answers of the split's other questions (`examples`).
     A list without a wrong answer is left out; none may be left. Raises DataError for a file that is not in
@@ -75,8 +76,11 @@ def candidate_sets(
     generator = np.random.Generator(np.random.PCG64([seed, 4]))
     if 0 <= questions < len(lists):
         lists = [lists[i] for i in sorted(generator.permutation(len(lists))[:questions])]
-    order = sorted({a for c in lists for a in c.answers})
-    place = dict(zip(order, generator.permutation(len(order)).tolist(), strict=True))
+    often = Counter(a for c in lists for a in c.answers)
+    order = sorted(often)
+    generator.shuffle(order)
+    order.sort(key=lambda a: -often[a])  # stable: among equals the seed's order
+    place = {a: i for i, a in enumerate(order)}
     return [_shortened(c, candidates, place) for c in lists], drawn
 
 

@@ -60,7 +60,7 @@ SETTINGS: dict[str, str] = {
     "train.max_bad_steps": "损失或梯度不是有限数的一步不会生效；连续超过这么多步就结束训练。",
     # evaluate
     "evaluate.max_new_tokens": "每个回答最多生成多少词元。",
-    "evaluate.quick": "最多 100 行、60 个问题 × 20 个候选（各取 48 个词元）、100 道通用题、80 个新词元。",
+    "evaluate.quick": "最多 100 行、60 个问题 × 20 个候选（各取 32 个词元）、100 道通用题、80 个新词元。",
     "evaluate.generate_rows": "由基座和适配器各答一遍的问题数；0 为不生成，-1 为全部。",
     "evaluate.loss_rows": "计算损失的行数；0 为整个划分。",
     "evaluate.rank_questions": "做候选排序的问题数；0 为不排序，-1 为全部。",
