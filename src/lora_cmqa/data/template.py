@@ -133,6 +133,7 @@ class ChatTemplate:
         """Contents are those of `messages`; tokens after the last taught one are left out."""
         ids: list[int] = []
         labels: list[int] = []
+        last = 0  # behind the last taught token
         ending = False  # the fixed text that follows an assistant's content: taught up to its end token
         for piece in self._fixed(tuple(m.role for m in messages), False):
             new = piece if isinstance(piece, list) else contents[piece]
@@ -143,9 +144,10 @@ class ChatTemplate:
             elif ending:
                 taught = 1 + next((i for i, t in enumerate(new) if t in self._special), -1)
                 ending = False
+            if taught:
+                last = len(ids) + taught
             ids += new
             labels += new[:taught] + [IGNORE] * (len(new) - taught)
-        last = max((i for i, label in enumerate(labels) if label != IGNORE), default=-1) + 1
         return TokenizedExample(
             input_ids=np.array(ids[:last], dtype=np.int32),
             labels=np.array(labels[:last], dtype=np.int32),
@@ -199,10 +201,10 @@ class ChatTemplate:
     def _encode_contents(self, texts: Sequence[str]) -> list[list[int]]:
         if self._trims:
             texts = [t.strip() for t in texts]
+        encode = contents_plain if getattr(self.tokenizer, "backend_tokenizer", None) is None else contents_fast
         out: list[list[int]] = []
         for start in range(0, len(texts), _BATCH):
-            batch = [_without_surrogates(t) for t in texts[start : start + _BATCH]]
-            out += self.tokenizer(batch, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            out += encode(self.tokenizer, [_without_surrogates(t) for t in texts[start : start + _BATCH]])
         return out
 
     # ---- what a template must keep ---------------------------------------------------------------------------------
@@ -241,6 +243,20 @@ class ChatTemplate:
                 f"than by segments ({len(ours)} tokens), so other engines would not see what was trained"
             )
         return end
+
+
+def contents_plain(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """Token ids of each text on its own; a text that spells a special token gives its letters, not the token."""
+    return list(tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"])
+
+
+def contents_fast(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """`contents_plain` through the tokenizers library alone: neither offsets nor masks are made, on all cores."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True  # each call of the tokenizer sets it anew
+    return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def encode_all(
