@@ -1,9 +1,11 @@
-"""The data room's speed: N questions and N answers through read, clean, split, leak report and writing.
+"""The data room's speed: N questions and N answers through read, clean, split, leak report and writing; then
+tokenised, kept, packed for one epoch, and opened again from the kept tokens.
 
-    python benchmarks/data.py CMQA_FOLDER [--rows 240000]
+    python benchmarks/data.py CMQA_FOLDER [--rows 240000] [--model embedded]
 
 Rows are made from the folder's by edits: clauses of several rows joined and characters replaced, so that most are like
-no other, and one in ten is a near-duplicate. One line is added to benchmarks/results/data.jsonl.
+no other, and one in ten is a near-duplicate. Two lines, `data` and `data_tokens`, are added to
+benchmarks/results/data.jsonl.
 """
 
 from __future__ import annotations
@@ -11,17 +13,24 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import os
 import platform
 import random
 import resource
 import subprocess
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from lora_cmqa.data.prepare import prepare
+from lora_cmqa.data.prepare import load_split, prepare
 from lora_cmqa.data.sources import read_cmqa
+from lora_cmqa.data.stream import BatchStream
+from lora_cmqa.data.template import ChatTemplate
+from lora_cmqa.data.token_cache import encode_cached
+from lora_cmqa.models.load import load_tokenizer
 
 
 def make_rows(source: Path, folder: Path, rows: int, seed: int) -> None:
@@ -54,39 +63,80 @@ def make_rows(source: Path, folder: Path, rows: int, seed: int) -> None:
                 writer.writerow([i] * (len(columns) - 1) + [last])
 
 
+def room(made: Path, out: Path, seed: int) -> dict[str, Any]:
+    report, seconds = timed(lambda: prepare(made, out, seed=seed))
+    return {"seconds": seconds, **memory(), **{k: report[k] for k in COUNTS}}
+
+
+def tokens(out: Path, kept: Path, model: str, seed: int) -> dict[str, Any]:
+    """Encode and keep, pack one epoch at 16 rows a step, open again."""
+    examples = [e for split in ("train", "dev", "test") for e in load_split(out, split)]
+    template = ChatTemplate.from_tokenizer(load_tokenizer(model))
+    options = {"folder": kept, "max_bytes": 1 << 34, "max_length": 512}
+    (rows, report), encoding = timed(lambda: encode_cached(examples, template, **options))
+    stream = BatchStream(rows, rows_per_step=16, max_tokens=2048, seed=seed)
+    packs, packing = timed(lambda: sum(len(batch.packs) for batch, _ in stream))
+    _, opening = timed(lambda: encode_cached(examples, template, **options))
+    return {
+        "seconds": round(encoding + packing, 1),
+        "encode_seconds": encoding,
+        "pack_seconds": packing,
+        "reopen_seconds": opening,
+        **memory(),
+        "rows": report.kept,
+        "tokens": report.tokens,
+        "packs": packs,
+    }
+
+
+def timed(work: Callable[[], Any]) -> tuple[Any, float]:
+    started = time.perf_counter()
+    return work(), round(time.perf_counter() - started, 1)
+
+
+COUNTS = ("read", "kept", "repaired", "rejected")
+
+
+def memory() -> dict[str, int]:
+    return {"peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("--rows", type=int, default=240_000)
+    parser.add_argument("--model", default="embedded")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "rows"
-        made.mkdir()
-        make_rows(args.source, made, args.rows, args.seed)
-        started = time.perf_counter()
-        report = prepare(made, Path(folder) / "out", seed=args.seed)
-        seconds = time.perf_counter() - started
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # as the command line does
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "rows").mkdir()
+        make_rows(args.source, folder / "rows", args.rows, args.seed)
+        packages = ("numpy", "rensa", "plotly")
+        write_line("data", args, {}, packages, room(folder / "rows", folder / "out", args.seed))
+        settings = {"model": args.model, "model_max_length": 512, "rows_per_step": 16, "max_tokens": 2048}
+        values = tokens(folder / "out", folder / "kept", args.model, args.seed)
+        write_line("data_tokens", args, settings, ("numpy", "tokenizers", "transformers"), values)
+
+
+def write_line(bench: str, args: argparse.Namespace, settings: dict, packages: tuple[str, ...], values: dict) -> None:
     line = {
-        "bench": "data",
+        "bench": bench,
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{platform.machine()}, CPU",
-        "versions": {name: version(name) for name in ("numpy", "rensa", "plotly")},
+        "device": f"{platform.machine()}, CPU, {os.cpu_count()} cores",
+        "versions": {name: version(name) for name in packages},
         "data": f"{args.rows} + {args.rows} rows made by edits from {args.source.name}",
-        "settings": {},
+        "settings": settings,
         "seed": args.seed,
-        "values": {
-            "seconds": round(seconds, 1),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            **{k: report[k] for k in ("read", "kept", "repaired", "rejected")},
-        },
+        "values": values,
     }
     results = Path(__file__).parent / "results" / "data.jsonl"
     results.parent.mkdir(exist_ok=True)
     with results.open("a", encoding="utf-8") as f:
         f.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(json.dumps(line["values"]))
+    print(json.dumps(values))
 
 
 if __name__ == "__main__":

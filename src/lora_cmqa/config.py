@@ -59,6 +59,9 @@ class DataConfig:
     """Dev rows in a file or folder of their own, in place of the dev split of path."""
     dev_fraction: float = 0.0
     """Of the rows of a single file that names no dev split: this share becomes the dev set."""
+    token_cache_gib: float = 8.0
+    """Tokens of large data sets stay in the cache folder (CMQA_CACHE) for the next run, at most so many GiB in all;
+    0 keeps none."""
 
 
 @dataclass(frozen=True)
@@ -443,6 +446,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     "model.num_hidden_layers": (1, math.inf),
     "data.model_max_length": (8, math.inf),
     "data.dev_fraction": (0, 0.5),
+    "data.token_cache_gib": (0, 1e6),
     "lora.r": (1, 4096),
     "lora.lora_alpha": (1e-6, math.inf),
     "lora.lora_dropout": (0, 0.95),
@@ -512,6 +516,6 @@ def as_yaml(tree: Any) -> str:
 
 
 def config_hash(tree: Any) -> str:
-    """sha256 over every setting but where the run is written: two runs with one hash compute the same."""
-    flat = {k: v for k, v in as_flat_dict(tree).items() if k != "train.output_dir"}
+    """sha256 over every setting that decides what is computed: two runs with one hash compute the same."""
+    flat = {k: v for k, v in as_flat_dict(tree).items() if k not in ("train.output_dir", "data.token_cache_gib")}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()

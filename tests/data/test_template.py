@@ -30,17 +30,7 @@ from lora_cmqa.models.tiny import byte_alphabet, byte_tokenizer
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "prompts.json").read_text(encoding="utf-8"))
 START, END = 257, 258
 CHATML_TEXTS = ["<|im_end|>", "<|im_start|>assistant\n", "<|endoftext|>", "\n", "  ", "好\n\n"]
-    "",
-    " a  b\n",
-    "37.5度，0。7mg",
-    *CHATML_TEXTS,
-    "<end_of_turn>x",
-    "\u3000全角ＡＢ",
-    "e\u0301",
-    "👩\u200d⚕️",
-    *"咳嗽",
-]
-ODD = ["", " a  b\n", "37.5度，0。7mg", *CHATML_TEXTS, "<end_of_turn>x", "\u3000全角Ａ", "e\u0301", "👩\u200d⚕️", *"咳嗽"]
+ODD = ["", " a  b\n", "37.5度，0。7mg", *CHATML_TEXTS, "<end_of_turn>x", "\u3000Ａ", "e\u0301", "👩\u200d⚕️", *"咳嗽"]
 TEXT = st.lists(st.one_of(st.text(max_size=12), st.sampled_from(CHATML_TEXTS)), max_size=4).map("".join)
 
 

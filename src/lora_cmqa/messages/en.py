@@ -64,6 +64,8 @@ TEXT: dict[str, str] = {
     "train.which_last": "the last step (no dev set)",
     "train.accepted": "--{flag} is accepted and has no effect here: {why}.",
     # data
+    "data.cache_unwritable": "{folder} cannot be written ({reason}): the tokens are not kept for the next run.",
+    "data.cache_damaged": "{entry} is damaged ({reason}); its tokens are made anew.",
     "data.report": "{source}: what was read, repaired, rejected",
     "data.questions": "questions",
     "data.answers": "answers",

@@ -60,6 +60,8 @@ TEXT: dict[str, str] = {
     "train.which_last": "最后一步（没有验证集）",
     "train.accepted": "--{flag} 可以写，但在这里不起作用：{why}。",
     # data
+    "data.cache_unwritable": "{folder} 无法写入（{reason}）：词元不为下次运行保留。",
+    "data.cache_damaged": "{entry} 已损坏（{reason}）；将重新生成词元。",
     "data.report": "{source}：读取、修复与剔除",
     "data.questions": "问题",
     "data.answers": "回答",

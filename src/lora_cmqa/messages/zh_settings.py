@@ -20,6 +20,7 @@ SETTINGS: dict[str, str] = {
     "data.replay": "混入训练的通用问答（messages 格式的 JSONL），减轻遗忘。",
     "data.dev_path": "另给的验证集文件或文件夹，代替 path 中的 dev。",
     "data.dev_fraction": "单个文件没有划分 dev 时，取出这一比例作验证集。",
+    "data.token_cache_gib": "大数据集的词元留在缓存文件夹（CMQA_CACHE）供下次使用，总共最多多少 GiB；0 表示不保留。",
     # lora
     "lora.r": "A 与 B 的宽度；适配器大小随之增长。",
     "lora.lora_alpha": "更新量乘以 lora_alpha / r。",

@@ -61,17 +61,23 @@ def load_model(
     precision = pick_dtype(dtype, where)
     config = read_json(folder / "config.json", folder)
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
     if qwen1.is_qwen1(config):
         model = qwen1.load(folder, precision, num_hidden_layers=num_hidden_layers)
-        tokenizer = qwen1.native_tokenizer(folder)
     else:
         refuse_remote_code(folder)
         model = _load_native(folder, precision, num_hidden_layers)
-        tokenizer = _load_tokenizer(folder)
     if num_hidden_layers is not None and num_hidden_layers < layers_of(folder):
         say_cost(model, num_hidden_layers, layers_of(folder))
-    return model.to(where).eval().requires_grad_(False), tokenizer
+    return model.to(where).eval().requires_grad_(False), load_tokenizer(folder)
+
+
+def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer that `load_model` gives, without the model. Raises ModelError as it does."""
+    folder = resolve(name_or_path)
+    if qwen1.is_qwen1(read_json(folder / "config.json", folder)):
+        return qwen1.native_tokenizer(folder)
+    refuse_remote_code(folder)
+    return _load_tokenizer(folder)
 
 
 # ---- a name -> a folder --------------------------------------------------------------------------------------------

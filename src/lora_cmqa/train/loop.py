@@ -29,7 +29,8 @@ from ..core import Batch, Example, Pack, StepMetrics, TokenizedExample
 from ..data.pack import pack
 from ..data.prepare import load_split
 from ..data.stream import BatchStream, rows_sha256
-from ..data.template import ChatTemplate, EncodeReport, encode_all
+from ..data.template import ChatTemplate, EncodeReport
+from ..data.token_cache import encode_cached
 from ..errors import ConfigError, DataError, Interrupted, RunError
 from ..kernels.head import CHUNK
 from ..lora.adapter import WEIGHTS, adapter_files
@@ -38,6 +39,7 @@ from ..lora.fingerprint import FILE as FINGERPRINT
 from ..lora.fingerprint import check_fingerprint
 from ..lora.inject import QWEN_V1_NAMES, inject_lora, lora_parameters
 from ..messages import say
+from ..models.cache import cache_root
 from ..models.load import base_name, load_model, pick_device, pick_dtype
 from .checkpoint import BEST, load_checkpoint, newest_whole, restore_rng_state, save_checkpoint
 from .commit import check_space, disk_errors, remove_leftovers, write_file
@@ -541,10 +543,18 @@ def _read_rows(config: Config) -> tuple[list[Example], list[Example]]:
     return rows, dev
 
 
-def _encode(examples: Sequence[Example], name: str, config: Config, template: ChatTemplate) -> list[TokenizedExample]:
+def _encode(
+    examples: Sequence[Example], name: str, config: Config, template: ChatTemplate
+) -> Sequence[TokenizedExample]:
     d = config.data
-    rows, report = encode_all(
-        examples, template, max_length=d.model_max_length, on_too_long=d.on_too_long, system=d.system
+    rows, report = encode_cached(
+        examples,
+        template,
+        folder=cache_root() / "tokens",
+        max_bytes=int(d.token_cache_gib * 2**30),
+        max_length=d.model_max_length,
+        on_too_long=d.on_too_long,
+        system=d.system,
     )
     _say_encoded(name, report, d.model_max_length)
     if not rows:
