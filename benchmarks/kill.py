@@ -35,7 +35,7 @@ from lora_cmqa.train.checkpoint import list_checkpoints
 from lora_cmqa.train.commit import sha256_of
 from lora_cmqa.train.run_folder import environment
 
-STEPS, SAVE_STEPS, EVAL_STEPS, ROWS = 16, 2, 4, 24
+STEPS, SAVE_STEPS, EVAL_STEPS, ROWS = 12, 2, 2, 24
 
 
 def config_of(folder: Path) -> Config:
@@ -61,7 +61,7 @@ def config_of(folder: Path) -> Config:
             per_device_train_batch_size=4,
             gradient_accumulation_steps=1,
             max_steps=STEPS,
-            learning_rate=0.02,
+            learning_rate=0.25,  # so high that the best is not always the last, and must be kept
             save_steps=SAVE_STEPS,
             eval_steps=EVAL_STEPS,
             max_tokens=256,

@@ -32,13 +32,15 @@ ROOT = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def seven(settings):
     """seven() -> settings of a run of 7 steps with dropout, a dev set, and a best that is not the last."""
-    return lambda **train: settings(max_steps=7, learning_rate=0.05, **train)
+    return lambda **train: settings(max_steps=7, learning_rate=0.2, **train)
 
 
 @pytest.fixture
 def to_the_end(seven, tmp_path):
     """What it gives when nobody stops it."""
-    return outcome(train(seven(output_dir=str(tmp_path / "whole"))))
+    ended = outcome(train(seven(output_dir=str(tmp_path / "whole"))))
+    assert ended["state"]["best_global_step"] == 6
+    return ended
 
 
 def killed(config, where: str, count: int) -> None:
@@ -79,6 +81,7 @@ def test_case_37_killed_twice_inside_the_same_save(seven, tmp_path, to_the_end):
     for count in (9, 12):
         killed(seven(), "write", count)
         assert [p.name for p in run.glob(".checkpoint-*")] == [".checkpoint-2.tmp"]
+    (run / ".config.yaml.tmp").write_text("what a kill in another write leaves")
     assert outcome(train(seven())) == to_the_end
     assert not list(run.glob(".*"))
 
