@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from transformers import (
 )
 
 from lora_cmqa.cli import main
-from lora_cmqa.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from lora_cmqa.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig, parse
 from lora_cmqa.core import TokenizedExample
 from lora_cmqa.data.pack import make_pack
 from lora_cmqa.errors import ConfigError, ModelError
@@ -136,6 +137,37 @@ def test_training_whole_modules_has_its_own_rows():
     assert rows["modules_to_save: copies"] == 2 * 1_244_659_712
     assert rows["modules_to_save: optimizer states"] == 4 * 1_244_659_712
     assert any(s["flag"] == "--modules-to-save none" and s["frees_bytes"] > 9 * GIB for s in result["switches"])
+
+
+# ---- presets: configs/ named by model and memory ---------------------------------------------------------------------
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+PRESETS = {"qwen-7b-24gb": "24GiB", "qwen3-8b-24gb": "24GiB", "qwen3-0.6b-cpu": None}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_each_preset_fits_as_it_is_written(name, monkeypatch):
+    monkeypatch.setattr(planning, "_free_of_machine", lambda: 16 * GIB)
+    result = plan(parse(Config, yaml_file=CONFIGS / f"{name}.yaml"), gpu_memory=PRESETS[name])
+    assert result["fits"]
+    assert result["asked"]["fits"]
+    assert all(result["asked"][k] == v for k, v in result["recipe"].items() if k != "name")  # nothing had to change
+    assert sum(row["bytes"] for row in result["ledger"]) == result["predicted_peak_bytes"]
+
+
+def test_every_config_that_names_a_memory_is_planned():
+    named = {f.stem for f in CONFIGS.glob("*.yaml") if f.stem.rsplit("-", 1)[-1].endswith(("gb", "cpu"))}
+    assert named == set(PRESETS)
+
+
+def test_a_limit_on_a_cpu_bounds_the_plan():
+    free = replace(SEED, model=ModelConfig("embedded", device="cpu", dtype="float32"))
+    bound = replace(free, train=replace(free.train, memory_limit="3GiB"))
+    rows = {row["name"] for row in plan(free)["ledger"]}
+    assert "freed, and held by the C library" in rows
+    result = plan(bound)
+    assert result["memory"]["bytes"] <= 3 * GIB
+    assert "freed, and held by the C library" not in {row["name"] for row in result["ledger"]}
 
 
 # ---- the solver ------------------------------------------------------------------------------------------------------

@@ -34,6 +34,12 @@ GRID = 1 + 1 / 16
 CUDA_CONTEXT = 450 * 2**20
 CUDA_SLACK = 0.03
 
+# CPU: Python, torch, transformers and PEFT before a model is there. And what glibc's malloc holds of what is freed
+# (it hands back blocks above 32 MiB only), as a share of the passing things: measured on two configurations each
+# (docs/memory.md). --memory-limit makes it hand back blocks of a MiB.
+CPU_LIBRARIES = 500 * 2**20
+GLIBC_KEEPS = {2: 1.05, 4: 0.35, 8: 0.35}
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -70,6 +76,7 @@ class Setup:
     checkpoint_layers: int = 0  # the first so many keep their input only
     head_chunk: int = 256
     on_gpu: bool = True
+    gives_back: bool = False  # on a CPU: freed blocks go back to the system at once (--memory-limit)
 
     @property
     def value_bytes(self) -> int:
@@ -287,14 +294,27 @@ def _largest_16_bit(setup: Setup) -> tuple[Row, ...]:
 
 def _around(setup: Setup, rows: tuple[Row, ...]) -> tuple[Row, ...]:
     if not setup.on_gpu:
-        return ()
+        passing = sum(row.bytes for row in rows if row.name.startswith(_PASSING))
+        libraries = Row("Python, torch and other libraries", CPU_LIBRARIES)
+        kept_back = Row("freed, and held by the C library", round(passing * GLIBC_KEEPS[setup.value_bytes]))
+        return (libraries,) if setup.gives_back else (libraries, kept_back)
     slack = round(CUDA_SLACK * sum(row.bytes for row in rows))
     return (Row("CUDA context and libraries", CUDA_CONTEXT), Row("allocator slack", slack))
+
+
+_PASSING = ("activations: ", "head: ", "backward ", "forward ", "one weight ")
 
 
 def peak(setup: Setup) -> Phase:
     """The fullest moment of the device."""
     return max((p for p in phases(setup) if not p.on_host), key=lambda p: p.bytes)
+
+
+def growth(setup: Setup) -> Phase:
+    """What training adds above the level after loading, at its fullest: all rows but the weights, base's and LoRA's."""
+    fullest = max((p for p in phases(setup) if not p.on_host and p.name != "load"), key=lambda p: p.bytes)
+    there = ("weights: ", "LoRA weights", "modules_to_save: copies", "Python, torch")
+    return Phase(fullest.name, tuple(row for row in fullest.rows if not row.name.startswith(there)))
 
 
 # ---- operations ------------------------------------------------------------------------------------------------------

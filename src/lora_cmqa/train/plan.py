@@ -73,6 +73,8 @@ def plan(
     if config.model.num_hidden_layers is not None:
         shape = shape.with_layers(config.model.num_hidden_layers)
     memory = _memory(gpu_memory, gpu, config.model.device)
+    if not memory.on_gpu and config.train.memory_limit is not None:
+        memory = replace(memory, bytes=min(memory.bytes, bytes_of(config.train.memory_limit, "memory-limit")))
     if recipe == "qwen-finetune":
         return _qwen_plan(config, shape, memory)
     rows = _rows_of(config)
@@ -120,6 +122,7 @@ def setup_of(config: Config, shape: Shape, *, on_gpu: bool, supervised: float = 
         checkpoint_layers=min(layers, shape.layers),
         head_chunk=t.head_chunk,
         on_gpu=on_gpu,
+        gives_back=t.memory_limit is not None,
     )
 
 
