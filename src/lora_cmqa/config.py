@@ -112,7 +112,13 @@ class TrainConfig:
     """The seed's flag: the base in bfloat16 (model.dtype bfloat16)."""
     logging_steps: int = 1
     eval_steps: int = 0
-    """Dev loss every so many steps; 0: at the end of each epoch."""
+    """Dev loss and ranking every so many steps; 0: at the end of each epoch."""
+    eval_rank_questions: int = 64
+    """Dev questions whose 20 candidates are ranked at each evaluation, where the data has candidates; 0 ranks none."""
+    metric_for_best_model: Literal["dev_loss", "dev_mrr"] = "dev_loss"
+    """What the best adapter and early stopping go by."""
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations in a row without a better one; 0 never stops early."""
     save_steps: int = 0
     """Checkpoint every so many steps; 0: at the end of each epoch."""
     save_total_limit: int = 2
@@ -469,6 +475,8 @@ _RANGES: dict[str, tuple[float, float]] = {
     "train.max_bad_steps": (0, math.inf),
     "train.logging_steps": (1, math.inf),
     "train.eval_steps": (0, math.inf),
+    "train.eval_rank_questions": (0, math.inf),
+    "train.early_stopping_patience": (0, math.inf),
     "train.save_steps": (0, math.inf),
     "train.save_total_limit": (0, math.inf),
     "train.seed": (0, 2**63 - 1),

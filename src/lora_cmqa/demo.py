@@ -47,6 +47,7 @@ def settings(model: str = "embedded", max_steps: int = -1) -> Config:
             learning_rate=5e-4,
             warmup_ratio=0.1,
             eval_steps=10,
+            eval_rank_questions=0,  # the seven minutes have no room for it
             save_steps=25,
             save_total_limit=1,
         ),

@@ -60,7 +60,9 @@ TEXT: dict[str, str] = {
     "train.recut": "step {step}: out of memory; its rows and all later ones are cut into "
     "micro-batches of at most {max_tokens} tokens. No gradient changes.",
     "train.done": "{steps} steps in {minutes} min. Adapter: {which}.",
-    "train.which_best": "step {step}, best dev loss {dev_loss}",
+    "train.which_best": "step {step}, best {metric} {value}",
+    "train.ranked": ", MRR {mrr}, Top-1 {top1}",
+    "train.stopped_early": "step {step}: no better {metric} in {count} evaluations; stopped early.",
     "train.which_last": "the last step (no dev set)",
     "train.accepted": "--{flag} is accepted and has no effect here: {why}.",
     # data

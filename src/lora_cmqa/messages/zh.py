@@ -56,7 +56,9 @@ TEXT: dict[str, str] = {
     "train.loss_spike": "第 {step} 步：损失 {loss}，此前通常为 {usual}；这一步已更新。",
     "train.recut": "第 {step} 步：内存不足；这一步及以后的数据改为每个微批最多 {max_tokens} 个词元。梯度不变。",
     "train.done": "{steps} 步，用时 {minutes} 分钟。适配器：{which}。",
-    "train.which_best": "第 {step} 步，验证损失最低 {dev_loss}",
+    "train.which_best": "第 {step} 步，{metric} 最好，为 {value}",
+    "train.ranked": "，MRR {mrr}，Top-1 {top1}",
+    "train.stopped_early": "第 {step} 步：{metric} 连续 {count} 次验证没有变好，提前停止。",
     "train.which_last": "最后一步（没有验证集）",
     "train.accepted": "--{flag} 可以写，但在这里不起作用：{why}。",
     # data

@@ -44,6 +44,7 @@ from ..models.load import base_name, load_model, pick_device, pick_dtype
 from .checkpoint import BEST, load_checkpoint, newest_whole, restore_rng_state, save_checkpoint
 from .commit import check_space, disk_errors, remove_leftovers, write_file
 from .deterministic import deterministic_kernels
+from .dev_ranking import DevRanking, dev_ranking
 from .memory import memory_limit
 from .model_card import model_card
 from .optim import Schedule, adamw, warmup_steps_of
@@ -193,11 +194,13 @@ class _Run:
     schedule: Schedule
     dev_packs: tuple[Pack, ...]
     dev_rows_sha256: str
+    dev_ranking: DevRanking | None
     companions: dict[str, Path]
     step: int = 0
     epoch: float = 0.0
     best_step: int | None = None
-    best_loss: float = math.inf
+    best_score: float = math.inf  # the lower the better: dev loss, or MRR with its sign turned
+    since_best: int = 0  # evaluations
     evaluated_step: int = -1
     bad_in_a_row: int = 0
     tokens: int = 0
@@ -218,7 +221,7 @@ class _Run:
                 self.metrics.close()
                 if self.board is not None:
                     self.board.close()
-        self._finish(self.stream.total_steps - first, time.perf_counter() - started)
+        self._finish(self.step - first, time.perf_counter() - started)
 
     def _set_random_state(self) -> None:
         """Last before the first step: what is set up before it may draw."""
@@ -232,6 +235,8 @@ class _Run:
             self._evaluate()
         self._obey_signal()
         t = self.config.train
+        if self._has_stalled():  # stopped early, and killed before the end was written
+            return
         for m in train_steps(
             self.model,
             self.stream,
@@ -254,8 +259,12 @@ class _Run:
                 self.board.write(m)
             if self._evaluation_due():
                 self._evaluate()
-            if self._is_due(t.save_steps) or self.signals.received:
+            if self._is_due(t.save_steps) or self.signals.received or self._has_stalled():
                 self._save()
+            if self._has_stalled():
+                say_so = say("train.stopped_early", step=m.step, metric=t.metric_for_best_model, count=self.since_best)
+                self.progress.print(say_so)
+                return
             self._obey_signal()
 
     def _is_due(self, every: int) -> bool:
@@ -271,21 +280,37 @@ class _Run:
     def _evaluate(self) -> None:
         started = time.perf_counter()
         loss = dev_loss(self.model, self.dev_packs, stop=lambda: bool(self.signals.received))
-        if loss is None:  # the resumed run makes it first of all
+        ranked: tuple[float | None, float | None] | None = (None, None)
+        if self.dev_ranking is not None and loss is not None:
+            ranked = self.dev_ranking.measure(self.model, stop=lambda: bool(self.signals.received))
+        if loss is None or ranked is None:  # the resumed run makes it first of all
             return
         self.evaluated_step = self.step
         tokens = sum(p.tokens for p in self.dev_packs)
-        m = DevMetrics(
-            self.step, self.epoch, loss, tokens, _time(started, tokens, next(self.model.parameters()).device)
-        )
-        is_best = self.step > 0 and loss < self.best_loss  # at step 0 the adapter does nothing yet
+        spent = _time(started, tokens, next(self.model.parameters()).device)
+        m = DevMetrics(self.step, self.epoch, loss, tokens, spent, *ranked)
+        score = loss if self._goes_by_loss else -(m.dev_mrr or 0.0)
+        is_best = self.step > 0 and score < self.best_score  # at step 0 the adapter does nothing yet
+        self.since_best = 0 if is_best or self.step == 0 else self.since_best + 1
         if is_best:
-            self.best_step, self.best_loss = self.step, loss
+            self.best_step, self.best_score = self.step, score
             write_adapter(self.folder, self._adapter_files())
         self.metrics.write(m)
         self.progress.dev(m, is_best)
         if self.board is not None:
             self.board.write(m)
+
+    @property
+    def _goes_by_loss(self) -> bool:
+        return self.config.train.metric_for_best_model == "dev_loss"
+
+    @property
+    def _best_metric(self) -> float:
+        """As people read it: the loss, or the MRR."""
+        return self.best_score if self._goes_by_loss else -self.best_score
+
+    def _has_stalled(self) -> bool:
+        return 0 < self.config.train.early_stopping_patience <= self.since_best
 
     def _adapter_files(self) -> dict[str, bytes]:
         return adapter_files(self.model, base_model_name_or_path=self.base)
@@ -343,8 +368,9 @@ class _Run:
             "max_steps": self.stream.total_steps,
             "epoch": self.epoch,
             "best_global_step": self.best_step,
-            "best_metric": self.best_loss if self.best_step else None,  # dev loss, nats per answer token
+            "best_metric": self._best_metric if self.best_step else None,  # of metric_for_best_model
             "evaluated_step": self.evaluated_step,
+            "evaluations_since_best": self.since_best,
             "dev_rows_sha256": self.dev_rows_sha256,
             "bad_steps_in_a_row": self.bad_in_a_row,
             "tokens": self.tokens,
@@ -370,7 +396,9 @@ class _Run:
             )
         self.step, self.epoch, self.tokens = stored.step, s["epoch"], s["tokens"]
         self.best_step, self.evaluated_step = s["best_global_step"], s["evaluated_step"]
-        self.best_loss = s["best_metric"] if self.best_step else math.inf
+        self.since_best = s["evaluations_since_best"]
+        if self.best_step:
+            self.best_score = s["best_metric"] if self._goes_by_loss else -s["best_metric"]
         self.bad_in_a_row = s["bad_steps_in_a_row"]
         self.stream.max_tokens = s["max_tokens"]
         if self.best_step:  # a later best may have been written before the run was killed
@@ -385,7 +413,9 @@ class _Run:
         if not self.best_step:
             write_adapter(self.folder, self._adapter_files())
         measured = (
-            [f"dev loss | {self.best_loss:.4f} nats per answer token, step {self.best_step}"] if self.best_step else []
+            [f"best {self.config.train.metric_for_best_model} | {self._best_metric:.4f}, step {self.best_step}"]
+            if self.best_step
+            else []
         )
         write_file(self.folder / CARD, model_card(self.config, self.base, measured=measured).encode())
         state = self._state() | {
@@ -394,7 +424,8 @@ class _Run:
             "finished": True,
         }
         write_state(self.folder, state)
-        best = say("train.which_best", step=self.best_step, dev_loss=f"{self.best_loss:.4f}")
+        metric, value = self.config.train.metric_for_best_model, f"{self._best_metric:.4f}"
+        best = say("train.which_best", step=self.best_step, metric=metric, value=value)
         _tell(
             say(
                 "train.done",
@@ -465,6 +496,7 @@ def _start(config: Config, folder: Path) -> _Run:
     check_space(folder, 4 * sum(p.numel() * p.element_size() for p in parameters.values()))  # a checkpoint, the adapter
     if (folder / FINGERPRINT).exists():
         check_fingerprint(folder, m.name_or_path)
+    ranking = _dev_ranking(config, dev_examples, template)
     base = base_name(m.name_or_path)
     write_settings(folder, config)
     return _Run(
@@ -483,8 +515,26 @@ def _start(config: Config, folder: Path) -> _Run:
         schedule=Schedule(t.lr_scheduler_type, t.learning_rate, warmup, stream.total_steps),
         dev_packs=pack(dev_rows, max_tokens=t.max_tokens) if dev_rows else (),
         dev_rows_sha256=rows_sha256(dev_rows),
+        dev_ranking=ranking,
         companions=write_companions(folder, tokenizer, template, m, model_card(config, base), model),
     )
+
+
+def _dev_ranking(config: Config, dev: Sequence[Example], template: ChatTemplate) -> DevRanking | None:
+    """Raises ConfigError where the best adapter or an early stop would go by what is not measured."""
+    d, t = config.data, config.train
+    if t.early_stopping_patience and not dev:
+        raise ConfigError("early stopping needs dev rows", hint="--dev-path FILE, or --dev-fraction 0.05.")
+    ranking = dev_ranking(
+        Path(d.path or ""), dev, template, questions=t.eval_rank_questions, seed=t.seed, system=d.system
+    )
+    if ranking is None and t.metric_for_best_model == "dev_mrr":
+        raise ConfigError(
+            "dev_mrr is not measured: there are no dev candidates, or --eval-rank-questions is 0",
+            field="train.metric_for_best_model",
+            hint="`cmqa prepare` writes candidates; or --metric-for-best-model dev_loss.",
+        )
+    return ranking
 
 
 def _inject(model: Any, config: Config) -> Any:

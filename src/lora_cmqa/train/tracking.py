@@ -2,7 +2,7 @@
 
     step line        {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens",
                       "world_size", "time": {"seconds", "tokens_per_second", "peak_memory_bytes"}}
-    evaluation line  {"step", "epoch", "dev_loss", "tokens", "time": {...}}
+    evaluation line  {"step", "epoch", "dev_loss", "tokens", "time": {...}, "dev_top1", "dev_mrr" where ranked}
 
 Two runs of one config differ in `time` only. A step that was not applied has null where its number was not finite.
 """
@@ -38,6 +38,8 @@ class DevMetrics:
     dev_loss: float  # nats per answer token
     tokens: int
     time: dict[str, Any] = field(default_factory=dict)
+    dev_top1: float | None = None  # the line has these two where candidates were ranked
+    dev_mrr: float | None = None
 
 
 Metrics = StepMetrics | DevMetrics
@@ -58,7 +60,7 @@ class MetricsFile:
         self._handle = file.open("ab")
 
     def write(self, metrics: Metrics) -> None:
-        plain = {k: _finite(v) for k, v in asdict(metrics).items()}
+        plain = {k: _finite(v) for k, v in asdict(metrics).items() if v is not None}
         self._handle.write(json.dumps(plain, allow_nan=False).encode() + b"\n")
         self._handle.flush()
 
@@ -183,7 +185,10 @@ class Progress:
 
     def dev(self, metrics: DevMetrics, is_best: bool) -> None:
         key = "train.evaluated_best" if is_best else "train.evaluated"
-        self.print(say(key, step=metrics.step, loss=f"{metrics.dev_loss:.4f}"))
+        ranked = ""
+        if metrics.dev_mrr is not None:
+            ranked = say("train.ranked", mrr=f"{metrics.dev_mrr:.3f}", top1=f"{metrics.dev_top1:.3f}")
+        self.print(say(key, step=metrics.step, loss=f"{metrics.dev_loss:.4f}") + ranked)
 
     def _line(self, metrics: StepMetrics) -> str:
         left = (self.total - self.done) * self._seconds / max(1, self.done - self._started_at)
