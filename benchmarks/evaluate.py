@@ -62,6 +62,11 @@ def measure(run: Path, data: Path, e: EvaluateConfig, name: str) -> tuple[dict[s
     return report, time.perf_counter() - started
 
 
+def _commit() -> str:
+    here = Path(__file__).parent
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
@@ -98,7 +103,7 @@ def main() -> None:
             )
         line = {
             "bench": "evaluate",
-            "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+            "commit": _commit(),
             "date": time.strftime("%Y-%m-%d"),
             "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
             "versions": {name: version(name) for name in ("torch", "transformers", "peft", "sacrebleu", "jieba")},

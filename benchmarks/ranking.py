@@ -31,6 +31,11 @@ from lora_cmqa.evaluate.ranking import (
 from lora_cmqa.models.load import load_model
 
 
+def _commit() -> str:
+    here = Path(__file__).parent
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
@@ -60,7 +65,7 @@ def main() -> None:
     weights = next(model.parameters())
     line = {
         "bench": "ranking",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{platform.machine()}, {weights.device.type}, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("torch", "transformers")},
