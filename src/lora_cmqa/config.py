@@ -62,6 +62,9 @@ class DataConfig:
     token_cache_gib: float = 8.0
     """Tokens of large data sets stay in the cache folder (CMQA_CACHE) for the next run, at most so many GiB in all;
     0 keeps none."""
+    shared_prefixes: bool = True
+    """What rows of a pack begin with alike is computed once: the system prompt, a question with several answers (which
+    then stay in one step). Changes no gradient; off where there is dropout."""
 
 
 @dataclass(frozen=True)

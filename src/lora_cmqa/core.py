@@ -77,6 +77,15 @@ class Pack:
     row_lengths   5            4                 sums to tokens
     predict_at    2 3          6 7               int32 [supervised]: whose hidden state predicts ...
     targets       8 2          4 2               int32 [supervised]: ... this token
+
+    With shared prefixes a row may lie in parts: what rows have in common stands once, and each goes on from there.
+
+    rows         [5 6 7 8 2]  [5 6 7 9 4 2]      the same question 5 6 7, two answers
+    input_ids     5 6 7    8 2    9 4 2
+    position_ids  0 1 2    3 4    3 4 5
+    row_lengths   3        2      3              of the parts
+    parents      -1        0      0              the part that each continues; () where no part continues another
+    predict_at    2 3      2 5 6                 the question's last token predicts the first of both answers
     """
 
     input_ids: np.ndarray
@@ -85,9 +94,11 @@ class Pack:
     predict_at: np.ndarray
     targets: np.ndarray
     example_ids: tuple[str, ...]
+    parents: tuple[int, ...] = ()
 
     @property
     def tokens(self) -> int:
+        """Tokens that are computed: those of the rows, less what shared prefixes spare."""
         return len(self.input_ids)
 
     @property

@@ -116,3 +116,47 @@ def test_what_cannot_be_streamed() -> None:
         BatchStream([], rows_per_step=4, max_tokens=32)
     with pytest.raises(DataError, match="5 ranks"):
         stream(world_size=5)
+
+
+# ---- shared prefixes -------------------------------------------------------------------------------------------------
+
+
+def questions(answers: list[int]) -> list[TokenizedExample]:
+    return [
+        TokenizedExample(np.array([*range(20), n, q]), np.array([IGNORE] * 20 + [n, q]), f"{q}.{n}", f"q{q}")
+        for q, count in enumerate(answers)
+        for n in range(count)
+    ]
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 6), st.integers(1, 3))
+def test_a_question_stays_in_one_step_and_no_step_is_empty(answers, rows_per_step, epochs) -> None:
+    rows_ = questions(answers)
+    shared = BatchStream(
+        rows_, rows_per_step=rows_per_step, max_tokens=100, num_train_epochs=epochs, shared_prefixes=True
+    )
+    plain = BatchStream(rows_, rows_per_step=rows_per_step, max_tokens=100, num_train_epochs=epochs)
+    assert shared.total_steps == plain.total_steps
+    ids = [b.example_ids for b, _ in shared]
+    assert all(ids)
+    for epoch in range(epochs):
+        steps = ids[epoch * shared.steps_per_epoch : (epoch + 1) * shared.steps_per_epoch]
+        assert sorted(i for step in steps for i in step) == sorted(r.id for r in rows_)
+        for q, count in enumerate(answers):
+            if count <= rows_per_step:
+                assert sum(any(i.startswith(f"{q}.") for i in step) for step in steps) == 1
+        assert all(len(step) < 2 * rows_per_step for step in steps)
+
+
+def test_a_resume_goes_on_exactly_with_shared_prefixes_too() -> None:
+    settings = {"rows_per_step": 4, "max_tokens": 60, "num_train_epochs": 2, "shared_prefixes": True}
+    rows_ = questions([1, 3, 2, 1, 4, 2, 2])
+    whole = [as_bytes(b) for b, _ in BatchStream(rows_, **settings)]
+    for stop in range(1, len(whole)):
+        first = BatchStream(rows_, **settings)
+        *_, (_, state) = zip(range(stop), first, strict=False)
+        second = BatchStream(rows_, **settings)
+        second.resume(json.loads(json.dumps(state[1])))
+        assert [as_bytes(b) for b, _ in second] == whole[stop:]
+    with pytest.raises(RunError, match="shared_prefixes"):
+        BatchStream(rows_, **settings | {"shared_prefixes": False}).resume(state[1])

@@ -137,3 +137,39 @@ def test_rows_of_unlike_length_keep_no_second_copy_of_their_input(lengths):
         packed_attention(q, k, v, lengths, scale=0.5)
     assert kept
     assert not kept & {x.untyped_storage().data_ptr() for x in (q, k, v)}
+
+
+# ---- parts that continue others --------------------------------------------------------------------------------------
+
+TREES = [
+    pytest.param((5, 3, 2), (-1, 0, 0), id="a question, two answers"),
+    pytest.param((4, 6, 3, 3, 2, 7), (-1, 0, 1, 1, 0, -1), id="a system prompt, questions, answers, and a row"),
+    pytest.param((20, 9, 8, 9, 1), (-1, 0, 0, 0, 2), id="like lengths side by side"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "parents"), TREES)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("window", [None, 1, 4, 23])
+def test_a_tree_fast_and_plain(lengths, parents, heads, kv_heads, window, way):
+    tensors = qkv(sum(lengths), heads, kv_heads)
+    settings = {"scale": 0.3, "window": window, "parents": parents}
+    fast = forward_backward(packed_attention, tensors, lengths, **settings)
+    plain = forward_backward(packed_attention_plain, tensors, lengths, **settings)
+    torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("lengths", "parents"), TREES)
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("attend", [packed_attention, packed_attention_plain])
+def test_a_part_sees_its_ancestors_and_itself_as_one_row(lengths, parents, window, attend):
+    q, k, v = (x.detach() for x in qkv(sum(lengths), 4, 2))
+    out = attend(q, k, v, lengths, scale=0.3, window=window, parents=parents)
+    ends = [sum(lengths[: i + 1]) for i in range(len(lengths))]
+    for part, (end, length) in enumerate(zip(ends, lengths, strict=True)):
+        line = [part]
+        while parents[line[0]] >= 0:
+            line.insert(0, parents[line[0]])
+        places = [t for i in line for t in range(ends[i] - lengths[i], ends[i])]
+        alone = attend(q[places], k[places], v[places], (len(places),), scale=0.3, window=window)
+        torch.testing.assert_close(out[end - length : end], alone[-length:], rtol=1e-10, atol=1e-12)

@@ -36,6 +36,20 @@ def make_rows(lengths=(40, 38, 21, 20, 5, 2), seed: int = 0) -> list[TokenizedEx
     return rows
 
 
+def make_questions(answers=((18, 9, 4), (25,), (30, 12)), system: int = 20, seed: int = 3) -> list[TokenizedExample]:
+    """Rows of a system prompt, a question, and an answer of so many tokens: one inner tuple for each question."""
+    rng = np.random.default_rng(seed)
+    prompt, rows = rng.integers(0, 256, system), []
+    for q, lengths in enumerate(answers):
+        question = rng.integers(0, 256, 21 + q)
+        for n in lengths:
+            answer = rng.integers(0, 256, n)
+            ids = np.concatenate((prompt, question, answer)).astype(np.int32)
+            labels = np.where(np.arange(len(ids)) >= len(ids) - n, ids, IGNORE).astype(np.int32)
+            rows.append(TokenizedExample(ids, labels, id=f"r{q}.{n}", question_id=f"q{q}"))
+    return rows
+
+
 def make_packed(lengths=(40, 38, 21, 20, 5, 2), seed: int = 0):
     return make_pack(make_rows(lengths, seed))
 

@@ -17,7 +17,7 @@ from lora_cmqa.lora.family import Unsupported
 from lora_cmqa.lora.inject import inject_lora, lora_parameters, remove_lora
 from lora_cmqa.models.tiny import tiny_model
 
-from .conftest import adapted, awaken, make_packed, make_rows
+from .conftest import adapted, awaken, make_packed, make_questions, make_rows
 from .test_inject import LINEAR
 
 pytestmark = pytest.mark.usefixtures("exact_norms")
@@ -179,6 +179,23 @@ def test_trained_embedding_and_head(kind, way):
     own = gradients(model, torch.cat([hf_losses(model, r, "sdpa") for r in rows]))
     assert any("lm_head" in n for n in ours)
     assert relative_distance(ours, own) < 1e-10
+
+
+@pytest.mark.parametrize("system", [0, 20])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_shared_prefixes_have_the_gradients_of_separate_rows(kind, system, checkpointing, way):
+    """A system prompt once, a question with several answers once; Gemma's window of 16 ends inside them."""
+    model, rows = adapted(kind).train(), make_questions(system=system)
+    if checkpointing:
+        decoder.checkpoint_activations(model)
+    (shared,) = pack(rows, max_tokens=4096, shared_prefixes=True)
+    assert shared.tokens == sum(len(r) for r in rows) - 2 * 21 - 1 * 23 - 5 * system
+    alone = [make_pack([r]) for r in rows]
+    losses = {id_: pack_losses(model, p).sum().item() for p in alone for id_ in p.example_ids}
+    ours = pack_losses(model, shared)
+    assert ours.sum().item() == pytest.approx(sum(losses.values()), rel=1e-12)
+    own = torch.cat([pack_losses(model, p) for p in alone])
+    assert relative_distance(gradients(model, ours), gradients(model, own)) < 1e-10
 
 
 # ---- adapters of every kind ------------------------------------------------------------------------------------------

@@ -5,6 +5,12 @@ step             = the next rows_per_step rows         the last step of an epoch
 batch            = this rank's share of them, packed   rank r takes rows r, r + world_size, ...
 
 for batch, state in BatchStream(...): ...      saving `state` is enough to go on exactly
+
+With shared prefixes a question with all its answers is what is shuffled, and stays in one step:
+
+    rows_per_step 4     questions of 1 3 2 1 1 answers, in the epoch's order
+    rows up to each     1 4 6 7 8
+    step of each        0 0 1 1 1      the one in which its last row falls: there are as many steps as without
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ import numpy as np
 
 from ..core import Batch, TokenizedExample
 from ..errors import DataError, RunError
-from .pack import pack
+from .pack import by_question, pack
 
 
 class BatchStream:
@@ -27,6 +33,7 @@ class BatchStream:
 
     num_train_epochs  may be a fraction; max_steps > 0 wins over it
     order             rows of every epoch in this order instead of the seeded one (for comparisons with other trainers)
+    shared_prefixes   what rows of a pack have in common is computed once; not with `order`
     """
 
     def __init__(
@@ -41,6 +48,7 @@ class BatchStream:
         rank: int = 0,
         world_size: int = 1,
         order: Sequence[int] | None = None,
+        shared_prefixes: bool = False,
     ) -> None:
         if not rows:
             raise DataError("no row is left to train on", hint="See the counts of dropped rows above.")
@@ -48,6 +56,7 @@ class BatchStream:
             raise DataError(f"a step of {rows_per_step} rows cannot be shared by {world_size} ranks")
         self.rows, self.rows_per_step, self.max_tokens = rows, rows_per_step, max_tokens
         self.seed, self.rank, self.world_size, self.order = seed, rank, world_size, order
+        self.shared_prefixes = shared_prefixes and order is None
         self.steps_per_epoch = math.ceil(len(rows) / rows_per_step)
         by_epochs = math.ceil(num_train_epochs * self.steps_per_epoch - 1e-9)
         self.total_steps = max_steps if max_steps > 0 else max(1, by_epochs)
@@ -61,6 +70,7 @@ class BatchStream:
             "seed": self.seed,
             "rows": len(self.rows),
             "rows_per_step": self.rows_per_step,
+            "shared_prefixes": self.shared_prefixes,
             "rows_sha256": self._rows_sha256,
         }
 
@@ -90,25 +100,42 @@ class BatchStream:
 
     def _batch(self, index: int) -> Batch:
         epoch, place = divmod(index, self.steps_per_epoch)
-        order = self._order_of(epoch)
-        chosen = order[place * self.rows_per_step : (place + 1) * self.rows_per_step]
-        step_rows = [self.rows[i] for i in chosen]
-        mine = step_rows[self.rank :: self.world_size]
+        steps, rows_done = self._steps_of(epoch)
+        units = [[self.rows[i] for i in unit] for unit in steps[place]]
+        mine = [row for unit in units[self.rank :: self.world_size] for row in unit]
         return Batch(
-            packs=pack(mine, max_tokens=self.max_tokens),
+            packs=pack(mine, max_tokens=self.max_tokens, shared_prefixes=self.shared_prefixes),
             step=index + 1,
-            epoch=epoch + min((place + 1) * self.rows_per_step, len(self.rows)) / len(self.rows),
-            step_supervised_tokens=sum(r.supervised_tokens for r in step_rows),
+            epoch=epoch + rows_done[place] / len(self.rows),
+            step_supervised_tokens=sum(row.supervised_tokens for unit in units for row in unit),
         )
 
-    def _order_of(self, epoch: int) -> Sequence[int]:
-        if self.order is not None:
-            return self.order
-        cached = getattr(self, "_cached_order", None)
+    def _steps_of(self, epoch: int) -> tuple[list[list[list[int]]], list[int]]:
+        """Of each step of an epoch: its units (rows that stay together), and the rows done after it."""
+        cached = getattr(self, "_cached_steps", None)
         if cached is None or cached[0] != epoch:
-            generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
-            cached = self._cached_order = (epoch, generator.permutation(len(self.rows)).tolist())
-        return cached[1]
+            steps: list[list[list[int]]] = [[] for _ in range(self.steps_per_epoch)]
+            done, rows_done = 0, [0] * self.steps_per_epoch
+            for unit in self._units_of(epoch):
+                done += len(unit)
+                place = (done - 1) // self.rows_per_step
+                steps[place].append(unit)
+                rows_done[place] = done
+            cached = self._cached_steps = (epoch, steps, rows_done)
+        return cached[1], cached[2]
+
+    def _units_of(self, epoch: int) -> list[list[int]]:
+        if self.order is not None:
+            return [[i] for i in self.order]
+        units = self._questions if self.shared_prefixes else [[i] for i in range(len(self.rows))]
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        return [units[i] for i in generator.permutation(len(units))]
+
+    @cached_property
+    def _questions(self) -> list[list[int]]:
+        """Rows of each question, at most a step's: with larger units a step could stay empty."""
+        most = self.rows_per_step
+        return [places[i : i + most] for places in by_question(self.rows) for i in range(0, len(places), most)]
 
 
 def rows_sha256(rows: Iterable[TokenizedExample]) -> str:

@@ -9,11 +9,20 @@
                                . . . 1 1
 
 Padding stands on the right of a shorter row only inside a group, so under a causal mask no real token sees it.
+
+A part may continue an earlier one (parents): its tokens see those before them in it, and all of its ancestors.
+
+    lengths (2, 2, 1)          1 . . . .       part 0: a question           queries of part 1, keys 0 1 | 2 3
+    parents (-1, 0, 0)         1 1 . . .                                                        1 1   1 .
+                               1 1 1 . .       part 1: an answer                                1 1   1 1
+                               1 1 1 1 .
+                               1 1 . . 1       part 2: another answer
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,16 +44,20 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    parents: Sequence[int] = (),
 ) -> torch.Tensor:
     """q [tokens, heads, dim], k and v [tokens, kv_heads, dim] -> [tokens, heads, dim], same dtype.
 
+    parents  of each part the part it continues, or -1; empty: every part is a row by itself
     window   a token sees itself and the window - 1 tokens before it (Gemma 3, Mistral); None: the whole row
     softcap  scores become softcap * tanh(scores / softcap) (Gemma 2); takes the plain way
     """
     if softcap is not None or dropout > 0:
         return packed_attention_plain(
-            q, k, v, row_lengths, scale=scale, window=window, softcap=softcap, dropout=dropout
+            q, k, v, row_lengths, scale=scale, window=window, softcap=softcap, dropout=dropout, parents=parents
         )
+    if parents:
+        return _tree_attention(q, k, v, row_lengths, parents, scale, window)
     outputs, start = [], 0
     groups = _groups(row_lengths)
     for group in groups:
@@ -86,9 +99,78 @@ def _group_attention(
 
     if window is not None and window >= width:  # causal sees less than the window
         window = None
-    attend = _Products.apply if q.device.type == "cpu" and width <= _PRODUCTS_WIDTH else _sdpa
-    flat = attend(grid(q), grid(k), grid(v), scale, window).reshape(rows * width, *q.shape[1:])
+    seen = _causal_mask(width, window, q.device)[None]
+    flat = _attend(grid(q), grid(k), grid(v), seen, scale, causal=window is None).reshape(rows * width, *q.shape[1:])
     return flat if place is None else flat[place]
+
+
+def _tree_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    lengths: Sequence[int],
+    parents: Sequence[int],
+    scale: float,
+    window: int | None,
+) -> torch.Tensor:
+    """Parts of like length with ancestors of like length side by side: their own tokens are the queries, keys are
+    ancestors' tokens (right-aligned) and their own (left-aligned), so distances within the grid are the real ones."""
+    starts = list(itertools.accumulate(lengths, initial=0))
+    own = [list(range(starts[i], starts[i + 1])) for i in range(len(lengths))]
+    before: list[list[int]] = []  # places of all ancestors' tokens
+    for parent in parents:
+        before.append([*before[parent], *own[parent]] if parent >= 0 else [])
+    order = sorted(range(len(lengths)), key=lambda i: (len(before[i]), lengths[i]), reverse=True)
+    outputs, written, device = [], [], q.device
+    for part in _alike(order, lambda i: (len(before[i]), lengths[i])):
+        ahead, width = max(len(before[i]) for i in part), max(lengths[i] for i in part)
+        asked = [own[i] + [0] * (width - lengths[i]) for i in part]
+        keys = [[0] * (ahead - len(before[i])) + before[i] + asked[row] for row, i in enumerate(part)]
+        first = torch.tensor([ahead - len(before[i]) for i in part], device=device)
+        at = torch.arange(ahead + width, device=device)
+        distance = torch.arange(ahead, ahead + width, device=device)[:, None] - at
+        seen = (distance >= 0) & (distance < (window or ahead + width)) & (at >= first[:, None, None])
+        key_at, ask_at = torch.tensor(keys, device=device), torch.tensor(asked, device=device)
+        out = _attend(_take(q, ask_at), _take(k, key_at), _take(v, key_at), seen, scale, causal=False)
+        real = torch.tensor([r * width + t for r, i in enumerate(part) for t in range(lengths[i])], device=device)
+        outputs.append(out.reshape(-1, *q.shape[1:])[real])
+        written += [t for i in part for t in own[i]]
+    back = torch.empty(len(q), dtype=torch.long)
+    back[torch.tensor(written)] = torch.arange(len(q))
+    return torch.cat(outputs)[back.to(device)]
+
+
+def _alike(order: Sequence[int], sizes: Callable[[int], tuple[int, ...]]) -> list[list[int]]:
+    """Neighbours of `order` whose sizes all differ by at most the slack."""
+    groups: list[list[int]] = []
+    for i in order:
+        if groups and all(
+            max(many) - min(many) <= _GROUP_SLACK * max(many)
+            for many in zip(*(sizes(j) for j in (*groups[-1], i)), strict=True)
+        ):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """[tokens, heads, dim] at places [rows, width] -> [rows, width, heads, dim]."""
+    return x.index_select(0, places.flatten()).view(*places.shape, *x.shape[1:])
+
+
+def _attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float, *, causal: bool
+) -> torch.Tensor:
+    """q [rows, asked, heads, dim], k and v [rows, width, kv, dim], seen bool [rows or 1, asked, width] -> like q."""
+    if q.device.type == "cpu" and k.shape[1] <= _PRODUCTS_WIDTH:
+        return _Products.apply(q, k, v, seen, scale)
+    heads = q.shape[2]
+    q, k, v = (_repeat_heads(x.transpose(1, 2), heads) for x in (q, k, v))
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if causal else seen[:, None], is_causal=causal, scale=scale
+    )
+    return out.transpose(1, 2)
 
 
 class _Spread(torch.autograd.Function):
@@ -106,32 +188,24 @@ class _Spread(torch.autograd.Function):
         return upstream[0].index_select(0, ctx.saved_tensors[0]), None, None
 
 
-def _sdpa(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None) -> torch.Tensor:
-    """[rows, width, heads, dim] by torch's own attention."""
-    heads = q.shape[2]
-    mask = None if window is None else _causal_mask(q.shape[1], window, q.device)
-    q, k, v = (_repeat_heads(x.transpose(1, 2), heads) for x in (q, k, v))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale)
-    return out.transpose(1, 2)
-
-
 class _Products(torch.autograd.Function):
     """Attention on short rows by plain batched products, all heads of one kv head in one: on a CPU about twice as fast
     as torch's fused attention forward, and several times backward. The weights are kept, [width] a head and token.
 
-        q [rows, width, heads, dim] -> [rows * kv, width * group, dim]      group = heads / kv
+        q [rows, asked, heads, dim] -> [rows * kv, asked * group, dim]      group = heads / kv
     """
 
     @staticmethod
     def forward(
-        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, scale: float
     ) -> torch.Tensor:
         ctx.shape, ctx.scale = q.shape, scale
+        rows, asked, _, _ = q.shape
         q, k, v = (_by_kv_head(x, k.shape[2]) for x in (q, k, v))
+        scores = _scores(q, k).mul_(scale)
         width = k.shape[1]
-        scores = _scores(q, k).view(len(q), width, -1, width).mul_(scale)
-        unseen = ~_causal_mask(width, window, q.device)
-        weights = scores.masked_fill_(unseen[:, None], float("-inf")).softmax(-1).to(q.dtype).view(len(q), -1, width)
+        scores.view(rows, -1, asked, q.shape[1] // asked, width).masked_fill_(~seen[:, None, :, None], float("-inf"))
+        weights = scores.softmax(-1).to(q.dtype)
         ctx.save_for_backward(q, k, v, weights)
         return _by_row(torch.bmm(weights, v), ctx.shape)
 
@@ -139,7 +213,7 @@ class _Products(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         q, k, v, weights = ctx.saved_tensors
-        rows, width, _, dim = ctx.shape
+        rows, _, _, dim = ctx.shape
         kv = len(k) // rows
         upward = _by_kv_head(upstream[0], kv)
         to_v = torch.bmm(weights.transpose(1, 2), upward)
@@ -148,7 +222,7 @@ class _Products(torch.autograd.Function):
         mean = torch.linalg.vecdot(slope, wide)[..., None]
         to_scores = slope.sub_(mean).mul_(wide).mul_(ctx.scale).to(q.dtype)
         to_q, to_k = torch.bmm(to_scores, k), torch.bmm(to_scores.transpose(1, 2), q)
-        narrow = (rows, width, kv, dim)
+        narrow = (rows, k.shape[1], kv, dim)
         return _by_row(to_q, ctx.shape), _by_row(to_k, narrow), _by_row(to_v, narrow), None, None
 
 
@@ -198,13 +272,11 @@ def packed_attention_plain(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    parents: Sequence[int] = (),
 ) -> torch.Tensor:
     """The definition: one dense [tokens, tokens] mask, scores and softmax written out. Same shapes as the fast way."""
-    tokens, heads, _ = q.shape
-    row_of = torch.repeat_interleave(
-        torch.arange(len(row_lengths), device=q.device), torch.tensor(list(row_lengths), device=q.device)
-    )
-    seen = _causal_mask(tokens, window, q.device) & (row_of[:, None] == row_of[None, :])
+    heads = q.shape[1]
+    seen = _dense_mask(row_lengths, parents or [-1] * len(row_lengths), window).to(q.device)
     keys = k.repeat_interleave(heads // k.shape[1], dim=1)
     values = v.repeat_interleave(heads // v.shape[1], dim=1)
     scores = torch.einsum("qhd,khd->hqk", q, keys) * scale
@@ -213,3 +285,17 @@ def packed_attention_plain(
     scores = scores.masked_fill(~seen, float("-inf"))
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(q.dtype)
     return torch.einsum("hqk,khd->qhd", F.dropout(weights, dropout), values)
+
+
+def _dense_mask(lengths: Sequence[int], parents: Sequence[int], window: int | None) -> torch.Tensor:
+    """bool [tokens, tokens]: row t sees column s."""
+    parts = len(lengths)
+    related, offset = torch.eye(parts, dtype=torch.bool), torch.zeros(parts, dtype=torch.long)
+    for i, parent in enumerate(parents):
+        if parent >= 0:
+            related[i] |= related[parent]
+            offset[i] = offset[parent] + lengths[parent]
+    part_of = torch.repeat_interleave(torch.arange(parts), torch.tensor(list(lengths)))
+    position = torch.cat([torch.arange(n) for n in lengths]) + offset[part_of]
+    distance = position[:, None] - position
+    return related[part_of][:, part_of] & (distance >= 0) & (distance < (window or len(position)))

@@ -33,7 +33,7 @@ def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
     """[supervised, width]: the final hidden states (after the last norm) at `pack.predict_at`."""
     causal = causal_lm(model)
     try:
-        body = read_body(causal, longest_row=max(pack.row_lengths))
+        body = read_body(causal, longest_row=int(pack.position_ids.max()) + 1)
     except Unsupported:
         return hidden_states_plain(causal, pack)
     device = causal.get_input_embeddings().weight.device
@@ -47,7 +47,7 @@ def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
             _block,
             block=block,
             table=tables[block.rotary_kind],
-            row_lengths=pack.row_lengths,
+            pack=pack,
             keep=keep if last else None,
         )
         x = block.checkpoint(run, x) if block.checkpoint and torch.is_grad_enabled() else run(x)
@@ -68,7 +68,7 @@ def _block(
     *,
     block: Block,
     table: tuple[torch.Tensor, torch.Tensor],
-    row_lengths: tuple[int, ...],
+    pack: Pack,
     keep: torch.Tensor | None,
 ) -> torch.Tensor:
     """[tokens, width] -> [tokens, width]; with `keep` only those rows go on after the attention: [keep, width]."""
@@ -76,7 +76,14 @@ def _block(
     qk, v = qkv.split([block.heads + block.kv_heads, block.kv_heads], dim=1)
     q, k = rotate(_norm(qk, block.qk_norm), *table).split([block.heads, block.kv_heads], dim=1)
     seen = packed_attention(
-        q, k, v, row_lengths, scale=block.scale, window=block.window, dropout=block.attention_dropout
+        q,
+        k,
+        v,
+        pack.row_lengths,
+        parents=pack.parents,
+        scale=block.scale,
+        window=block.window,
+        dropout=block.attention_dropout,
     ).flatten(1)
     if keep is not None:
         x, seen = x[keep], seen[keep]

@@ -30,6 +30,7 @@ def hidden_states_plain(causal: Any, pack: Pack) -> torch.Tensor:
             attention_mask=None,
             use_cache=False,
             row_lengths=pack.row_lengths,
+            parents=pack.parents,
         ).last_hidden_state
     return hidden[0].index_select(0, torch.from_numpy(pack.predict_at).long().to(device))
 
@@ -45,6 +46,7 @@ def _attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     row_lengths: tuple[int, ...] = (),
+    parents: tuple[int, ...] = (),
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """transformers' attention interface: [1, heads, tokens, dim] in, [1, tokens, heads, dim] out."""
@@ -54,6 +56,7 @@ def _attention(
         k,
         v,
         row_lengths,
+        parents=parents,
         scale=scaling if scaling is not None else q.shape[-1] ** -0.5,
         window=sliding_window,
         softcap=softcap,

@@ -40,6 +40,7 @@ TEXT: dict[str, str] = {
     "decoder.lora_variant": "{part}: {kind} is not plain LoRA",
     "decoder.long_rows": "rows of {tokens} tokens: in evaluation Qwen v1 scales what lies beyond {most}",
     # train
+    "train.no_shared_prefixes": "With dropout each row has masks of its own: what rows share is computed for each.",
     "train.plain_path": "The plain path trains this, slower, with the same result: {reason}.",
     "train.progress": "loss {loss}  {speed} tokens/s  {left} left  {memory} GiB",
     "train.evaluated": "step {step}: dev loss {loss}",

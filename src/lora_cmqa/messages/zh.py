@@ -39,6 +39,7 @@ TEXT: dict[str, str] = {
     "decoder.lora_variant": "{part}：{kind} 不是普通 LoRA",
     "decoder.long_rows": "有 {tokens} 个 token 的行：评估时 Qwen v1 会缩放第 {most} 个之后的部分",
     # train
+    "train.no_shared_prefixes": "使用 dropout 时每行需要各自的掩码：共享的开头将逐行计算。",
     "train.plain_path": "将用普通路径训练，较慢，结果相同：{reason}。",
     "train.progress": "损失 {loss}  {speed} 词元/秒  剩余 {left}  {memory} GiB",
     "train.evaluated": "第 {step} 步：验证损失 {loss}",

@@ -21,6 +21,10 @@ SETTINGS: dict[str, str] = {
     "data.dev_path": "另给的验证集文件或文件夹，代替 path 中的 dev。",
     "data.dev_fraction": "单个文件没有划分 dev 时，取出这一比例作验证集。",
     "data.token_cache_gib": "大数据集的词元留在缓存文件夹（CMQA_CACHE）供下次使用，总共最多多少 GiB；0 表示不保留。",
+    "data.shared_prefixes": (
+        "一个包内各行相同的开头只算一次：系统提示词、有多个回答的问题（其回答放在同一步）。"
+        "不改变梯度；有 dropout 时关闭。"
+    ),
     # lora
     "lora.r": "A 与 B 的宽度；适配器大小随之增长。",
     "lora.lora_alpha": "更新量乘以 lora_alpha / r。",

@@ -490,6 +490,7 @@ def _start(config: Config, folder: Path) -> _Run:
         num_train_epochs=t.num_train_epochs,
         max_steps=t.max_steps,
         seed=t.seed,
+        shared_prefixes=_shares_prefixes(config),
     )
     warmup = warmup_steps_of(stream.total_steps, warmup_steps=t.warmup_steps, warmup_ratio=t.warmup_ratio)
     parameters = lora_parameters(model)
@@ -567,6 +568,12 @@ def _inject(model: Any, config: Config) -> Any:
     if reason := why_plain(wrapped):
         _tell(say("train.plain_path", reason=reason))
     return wrapped
+
+
+def _shares_prefixes(config: Config) -> bool:
+    if config.data.shared_prefixes and config.lora.lora_dropout:
+        _tell(say("train.no_shared_prefixes"))
+    return config.data.shared_prefixes and not config.lora.lora_dropout
 
 
 def _announce_modules_to_save(model: Any, names: Sequence[str]) -> None:
