@@ -341,10 +341,12 @@ def bytes_kept(model: torch.nn.Module, pack) -> int:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("layers_recomputed", [0, 2])
-def test_what_a_layer_keeps_is_what_the_ledger_says(kind, kv_heads, layers_recomputed, monkeypatch):
+@pytest.mark.parametrize("as_on_a_card", [False, True])
+def test_what_a_layer_keeps_is_what_the_ledger_says(kind, kv_heads, layers_recomputed, as_on_a_card, monkeypatch):
     """Rows of unlike length, as real ones are; with recomputation only what the other layers keep is counted here.
     Attention as on a card: on a CPU short rows keep their weights in place of what torch's attention keeps."""
-    monkeypatch.setattr(attention, "_PRODUCTS_WIDTH", 0)
+    if as_on_a_card:
+        monkeypatch.setattr(attention, "_PRODUCTS_WIDTH", 0)
     model, shape = built(kind, kv_heads)
     model = inject_lora(model, r=16).train()
     if layers_recomputed:
@@ -361,10 +363,10 @@ def test_what_a_layer_keeps_is_what_the_ledger_says(kind, kv_heads, layers_recom
         dtype="float32",
         r=16,
         max_tokens=pack.tokens,
-        longest_row=8,
+        longest_row=max(pack.row_lengths),
         supervised=pack.supervised_tokens / pack.tokens,
         checkpoint_layers=layers_recomputed,
-        on_gpu=False,
+        on_gpu=as_on_a_card,
     )
     head_keeps = 2 * pack.supervised_tokens * shape.hidden * setup.value_bytes  # last norm's input, the gradient
     predicted = sum(row.bytes for row in (*kept(setup), last_layer_keeps(setup))) + head_keeps

@@ -28,6 +28,9 @@ SHARD_BYTES = 5 * 10**9  # of a published checkpoint's file: what a merge holds 
 
 # Rows of one attention group differ in length by at most an eighth (kernels/attention.py): half of that on average.
 GRID = 1 + 1 / 16
+# On a CPU, rows of at most PRODUCTS tokens are attended by products, which keep their weights (kernels/attention.py): a
+# token's row is this share of the longest, for rows drawn evenly between half of it and all of it.
+PRODUCTS, ROW_SHARE = 512, 0.78
 
 # CUDA: what the context and the libraries' workspaces take (cuBLAS 32 MiB on Hopper, 8 MiB before) beside torch's
 # allocator, and what the allocator holds beyond what is asked for.
@@ -88,6 +91,10 @@ class Setup:
         return max(self.max_tokens, self.longest_row)
 
     @property
+    def fused_attention(self) -> bool:
+        return self.on_gpu or self.longest_row > PRODUCTS
+
+    @property
     def taught(self) -> int:
         return max(1, round(self.tokens * self.supervised))
 
@@ -135,9 +142,7 @@ def trained(
 # ---- what a micro-batch keeps ----------------------------------------------------------------------------------------
 
 
-def layer_keeps(
-    *, shape: Shape, r: int, targets: tuple[str, ...] | None, value_bytes: int, last: bool = False
-) -> float:
+def layer_keeps(setup: Setup, *, last: bool = False) -> float:
     """Bytes a token that one layer keeps for its backward; `last`: after its attention only taught rows go on, and
     this counts what all rows keep.
 
@@ -145,25 +150,22 @@ def layer_keeps(
     q k v product         q + 2 kv     where a norm of each head reads it (Qwen3, Gemma)
     q, k, v on the grid   3 q          of rows of like length, each kv head repeated for its query heads
     attention's output    q            on the grid, and q once more in the rows' order
+      by products         q + 2 kv, and the row's length a head in place of these (short rows on a CPU)
     x', norm(x')          2 H          after the attention; Gemma's norms after each half keep 2 H more
     gate up, inner        3 F
     LoRA's x A'           r for each projection
     """
-    h, q, kv, f = shape.hidden, shape.q_width, shape.kv_width, shape.ffn
-    chosen = tuple(shape.linears) if targets is None else targets
+    s, r, v = setup.shape, setup.r, setup.value_bytes
+    h, q, kv, f = s.hidden, s.q_width, s.kv_width, s.ffn
+    chosen = tuple(s.linears) if setup.targets is None else setup.targets
     first = [t for t in chosen if t[0] in "qkv"]
     second = [t for t in chosen if t[0] not in "qkv"]
-    before = 2 * h + (q + 2 * kv) * shape.head_norm + 4 * q * GRID + r * len(first)
-    after = q + 2 * h + 3 * f + r * len(second) + (2 * h if shape.family == "gemma3" else 0)
-    exact = max(4, value_bytes)
-    inverses = exact * (2 + (shape.heads + shape.kv_heads if shape.head_norm else 0) + shape.heads)  # and log-sum-exps
-    return (before if last else before + after) * value_bytes + inverses
-
-
-def layer_keeps_taught(*, shape: Shape, r: int, targets: tuple[str, ...] | None, value_bytes: int) -> float:
-    """Bytes a taught token that the last layer keeps beyond `layer_keeps(last=True)`."""
-    args = {"shape": shape, "r": r, "targets": targets, "value_bytes": value_bytes}
-    return layer_keeps(**args) - layer_keeps(**args, last=True)  # type: ignore[arg-type]
+    attention = 4 * q if setup.fused_attention else q + 2 * kv + s.heads * ROW_SHARE * setup.longest_row
+    before = 2 * h + (q + 2 * kv) * s.head_norm + attention * GRID + r * len(first)
+    after = q + 2 * h + 3 * f + r * len(second) + (2 * h if s.family == "gemma3" else 0)
+    exact = max(4, v)
+    inverses = exact * (2 + (s.heads + s.kv_heads if s.head_norm else 0) + s.heads)  # and log-sum-exps
+    return (before if last else before + after) * v + inverses
 
 
 def scaled_a(setup: Setup) -> int:
@@ -176,7 +178,7 @@ def scaled_a(setup: Setup) -> int:
 def kept(setup: Setup) -> tuple[Row, ...]:
     """Activations at the end of the forward, but the last layer's share."""
     s, v = setup.shape, setup.value_bytes
-    each = layer_keeps(shape=s, r=setup.r, targets=setup.targets, value_bytes=v)
+    each = layer_keeps(setup)
     saving = min(setup.checkpoint_layers, s.layers - 1)
     rows = []
     if saving:
@@ -191,9 +193,8 @@ def last_layer_keeps(setup: Setup) -> Row:
     s, v = setup.shape, setup.value_bytes
     if setup.checkpoint_layers >= s.layers:
         return Row("activations: last layer", setup.tokens * s.hidden * v)
-    args = {"shape": s, "r": setup.r, "targets": setup.targets, "value_bytes": v}
-    every = layer_keeps(**args, last=True)  # type: ignore[arg-type]
-    taught = layer_keeps_taught(**args)  # type: ignore[arg-type]
+    every = layer_keeps(setup, last=True)
+    taught = layer_keeps(setup) - every
     return Row("activations: last layer", round(setup.tokens * every + setup.taught * taught) + scaled_a(setup))
 
 
@@ -212,9 +213,15 @@ def head(setup: Setup) -> tuple[Row, ...]:
 
 
 def layer_backward(setup: Setup) -> Row:
-    """The gated MLP's backward: gradient of inner, of the joined product, and two temporaries; `inner` is gone."""
+    """The fuller of two moments of a layer's backward. The gated MLP: gradients of inner and of the joined product,
+    while `inner` is gone. Attention by products: two float32 tensors of its weights' size, the MLP's share gone."""
     s, v = setup.shape, setup.value_bytes
-    return Row("backward of a layer's MLP", setup.tokens * (4 * s.ffn + s.hidden) * v)
+    gated = (2 * s.ffn + s.hidden) * v
+    products = 0.0
+    if not setup.fused_attention:
+        a_token = s.heads * ROW_SHARE * setup.longest_row * GRID
+        products = (2 * max(4, v) + v) * a_token + 4 * s.q_width * v - (3 * s.ffn + 2 * s.hidden) * v
+    return Row("backward of a layer", round(setup.tokens * max(gated, products)))
 
 
 def layer_forward(setup: Setup) -> Row:
@@ -283,7 +290,7 @@ def _recomputed(setup: Setup) -> tuple[Row, ...]:
     """The one layer whose activations are made again."""
     if not setup.checkpoint_layers:
         return ()
-    each = layer_keeps(shape=setup.shape, r=setup.r, targets=setup.targets, value_bytes=setup.value_bytes)
+    each = layer_keeps(setup)
     return (Row("activations: the layer that is recomputed", round(setup.tokens * each) + scaled_a(setup)),)
 
 
