@@ -83,6 +83,21 @@ def test_too_many_bad_steps_in_a_row_end_the_run_at_a_good_checkpoint(settings, 
     assert [line["step"] for line in without_time(run) if "loss" in line] == list(range(1, 9))
 
 
+def test_bad_steps_in_a_row_are_counted_across_a_resume(settings):
+    """Of 4, 5 and 6 the first is in the checkpoint that is resumed."""
+
+    def child():
+        loop.train_step = poisoned(4, 5, 6, kill_before=6)
+        train(settings(max_steps=8, max_bad_steps=2))
+
+    def resumed():
+        loop.train_step = poisoned(4, 5, 6)
+        train(settings(max_steps=8, max_bad_steps=2))
+
+    assert in_a_child(child) == -signal.SIGKILL
+    assert in_a_child(resumed) == RunError.exit_code
+
+
 # ---- spikes ------------------------------------------------------------------------------------------------------
 
 

@@ -313,7 +313,7 @@ def test_a_start_that_was_killed_before_its_settings_were_written_binds_nobody(s
 def test_a_broken_environment_file_is_named(seven, tmp_path):
     killed(seven(), "step", 4)
     (tmp_path / "run" / "environment.json").write_text("{}")
-    with pytest.raises(RunError, match=r"environment\.json"):
+    with pytest.raises(RunError, match=r"environment\.json: it does not tell"):
         train(seven())
 
 
