@@ -130,7 +130,8 @@ def without_its_fingerprint(run, folder):
     return folder
 
 
-def test_fewer_layers_than_the_base_are_refused_with_the_cure(run, tmp_path):
+def test_fewer_layers_than_the_base_are_refused_with_the_cure(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("lora_cmqa.lora.merge._write", lambda *_, **__: pytest.fail("weights were written first"))
     bare = without_its_fingerprint(run, tmp_path / "bare")
     verbs = (
         lambda: lora_cmqa.load_adapter(load_model("tiny")[0], bare),

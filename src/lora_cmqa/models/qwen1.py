@@ -281,9 +281,8 @@ class Qwen1Rotary(nn.Module):
         alpha = 2^ceil(log2(length / seq_length) + 1) - 1        1 up to seq_length; in evaluation only
 
     forward(x, position_ids [rows, tokens]) -> cos, sin [rows, tokens, head_dim] in x's dtype; the angles are float32
-    as the original's (float64 for a float64 model). Rows packed end to end
-    (positions that start again at 0) count each by its own length. With a cache, alpha stays what it was when the
-    row began, as in the original.
+    as the original's (float64 for a float64 model). Rows packed end to end (positions that start again at 0) count
+    each by its own length. With a cache, alpha stays what it was when the row began, as in the original.
     """
 
     def __init__(self, config: Qwen2Config, v1: Qwen1Config) -> None:
@@ -301,10 +300,8 @@ class Qwen1Rotary(nn.Module):
         if alphas is not None:
             for alpha in alphas.unique().tolist():
                 if alpha != 1.0:
-                    at = (alphas == alpha)[..., None]
-                    angles = torch.where(
-                        at, positions[..., None].to(exact) * self._inv_freq(alpha, exact, x.device), angles
-                    )
+                    scaled = positions[..., None].to(exact) * self._inv_freq(alpha, exact, x.device)
+                    angles = torch.where((alphas == alpha)[..., None], scaled, angles)
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(x.dtype), angles.sin().to(x.dtype)
 
