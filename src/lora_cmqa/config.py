@@ -77,6 +77,10 @@ class LoraConfig:
     """The seed used 0.05. Ours is 0: rows are seen a few times only, and 0 keeps every fast path exact."""
     target_modules: tuple[str, ...] = ("all-linear",)
     modules_to_save: tuple[str, ...] = ()
+    """Modules trained whole, such as wte lm_head of a base model; the memory they take is said first."""
+    trainable_tokens: tuple[str, ...] = ()
+    """Tokens whose rows of embedding and head are trained: none, their names, or auto: those of the chat template's
+    turn tokens that the base has not learned. Such an adapter is not in the portable profile."""
     use_rslora: bool = False
     """Scale by lora_alpha / sqrt(r); folded into lora_alpha when the adapter is saved."""
 

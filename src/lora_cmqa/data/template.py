@@ -107,6 +107,12 @@ class ChatTemplate:
             )
         return cls(tokenizer, _STILL + own if "strftime_now" in own else own)
 
+    @property
+    def turn_ids(self) -> tuple[int, ...]:
+        """Special tokens written around a question and its answer, as they come: <|im_start|>, <|im_end|>."""
+        fixed = [t for p in self._fixed(("user", "assistant"), False) if isinstance(p, list) for t in p]
+        return tuple(dict.fromkeys(t for t in fixed if t in self._special))
+
     # ---- rendering -------------------------------------------------------------------------------------------------
 
     def encode_prompt(self, messages: Sequence[Message]) -> list[int]:

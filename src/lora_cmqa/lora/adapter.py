@@ -45,7 +45,7 @@ _PLAIN: dict[str, Any] = {
 _ALLOWED = {
     *("r", "lora_alpha", "lora_dropout", "target_modules", "modules_to_save", "use_rslora", "rank_pattern"),
     *("alpha_pattern", "layers_to_transform", "layers_pattern", "base_model_name_or_path", "inference_mode"),
-    *("revision", "peft_version", "megatron_core", "qalora_group_size"),
+    *("trainable_token_indices", "revision", "peft_version", "megatron_core", "qalora_group_size"),
 }
 _PLAIN_STARTS = (True, False, None, "gaussian", "orthogonal", "eva")  # the others change the base's weights as well
 _CODE, _PICKLES = ("*.py",), ("*.bin", "*.pt", "*.pth", "*.pkl", "*.pickle", "*.ckpt")
@@ -160,6 +160,7 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
         lora_dropout=config.get("lora_dropout", 0.0) if is_trainable else 0.0,
         target_modules=targets,
         modules_to_save=config.get("modules_to_save"),
+        trainable_token_indices=_token_indices(model, config, place / CONFIG),
         use_rslora=config.get("use_rslora", False),
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
@@ -180,6 +181,32 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
         raise
     set_peft_model_state_dict(wrapped, tensors)
     return wrapped.train(is_trainable)
+
+
+def _token_indices(model: Any, config: dict[str, Any], file: Path) -> dict[str, list[int]] | None:
+    """The rows of embedding and head that the adapter replaces; PEFT also takes a bare list for the embedding's."""
+    given = config.get("trainable_token_indices")
+    if not given:
+        return None
+    base = causal_lm(model)
+    matrices = {n.rsplit(".", 1)[-1]: m for n, m in base.named_modules() if m in _ends(base)}
+    first = next(n for n, m in matrices.items() if m is base.get_input_embeddings())
+    rows = given if isinstance(given, dict) else {first: given}
+    for name, ids in rows.items():
+        if name not in matrices or not isinstance(ids, list) or not ids:
+            raise AdapterError(f"{name!r} is neither embedding nor head", file=file, field="trainable_token_indices")
+        size = len(matrices[name].weight)
+        if not all(type(i) is int and 0 <= i < size for i in ids) or len(set(ids)) < len(ids):
+            raise AdapterError(
+                f"{name} has rows 0 to {size - 1}, each named once at most; found {_short(ids)}",
+                file=file,
+                field="trainable_token_indices",
+            )
+    return rows
+
+
+def _ends(base: Any) -> tuple[Any, Any]:
+    return base.get_input_embeddings(), base.get_output_embeddings()
 
 
 def read_tensors(file: Path) -> dict[str, torch.Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from peft.utils.other import TrainableTokensWrapper
 
 from ..core import Pack
 from ..errors import ModelError
@@ -36,7 +37,7 @@ def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
         body = read_body(causal, longest_row=int(pack.position_ids.max()) + 1)
     except Unsupported:
         return hidden_states_plain(causal, pack)
-    device = causal.get_input_embeddings().weight.device
+    device = causal.device
     keep = torch.from_numpy(pack.predict_at).long().to(device)
     positions = torch.from_numpy(pack.position_ids).long().to(device)[None]
     x = body.embedding(torch.from_numpy(pack.input_ids).long().to(device))
@@ -168,7 +169,9 @@ def _head_weight(causal: Any) -> torch.Tensor:
 
 
 def _trained_head(head: Any) -> torch.Tensor:
-    """The weight that modules_to_save trains in place of the frozen one."""
+    """The weight that modules_to_save, or by single rows trainable_token_indices, trains in place of the frozen one."""
+    if isinstance(head, TrainableTokensWrapper):
+        return head.weight  # PEFT's wrapper gives the base's where the adapter is switched off
     active = getattr(head, "modules_to_save", None)
     if active is None:
         raise ModelError(f"a head of type {type(head).__name__} is not known", hint="Train without LoRA on lm_head.")

@@ -3,6 +3,7 @@
 all-linear              every linear layer of the decoder, never the head       (PEFT's word)
 c_attn c_proj w1 w2     the names of Qwen v1; the same layers by the names used here
 wte lm_head             modules_to_save of Qwen v1
+single tokens           rows of embedding and head            (tokens.py)
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..errors import AdapterError
 from ..models.sizes import QWEN_V1_NAMES
+from .tokens import token_indices
 
 _TAKES_LORA = (torch.nn.Linear, torch.nn.Embedding)
 
@@ -31,12 +33,14 @@ def inject_lora(
     lora_dropout: float = 0.0,
     target_modules: Sequence[str] = ("all-linear",),
     modules_to_save: Sequence[str] = (),
+    trainable_token_ids: Sequence[int] = (),
     use_rslora: bool = False,
     seed: int = 42,
 ) -> PeftModel:
-    """Freeze `model` and put fresh LoRA layers on it, in place: A random (Kaiming uniform), B zero.
+    """Freeze `model` and put fresh LoRA layers on it, in place: A random (Kaiming uniform), B zero. The rows of
+    `trainable_token_ids` in embedding and head are trained too, beginning as they are.
 
-    LoRA weights are float32 over a 16-bit or float32 base and float64 over a float64 one. The draw depends on `seed`
+    What is trained is float32 over a 16-bit or float32 base and float64 over a float64 one. The draw depends on `seed`
     alone and leaves torch's own random state as it was.
     Raises AdapterError for a module name the model does not have and for numbers no LoRA can have.
     """
@@ -46,6 +50,12 @@ def inject_lora(
         raise AdapterError("target_modules is empty", hint="--target-modules all-linear")
     targets = _named(model, target_modules, "target_modules")
     saved = _named(model, modules_to_save, "modules_to_save") if modules_to_save else None
+    rows = token_indices(model, trainable_token_ids) if trainable_token_ids else None
+    if whole := set(saved or ()) & set(rows or ()):
+        raise AdapterError(
+            f"{min(whole)} is to be trained whole (modules_to_save) and by single rows (trainable_tokens)",
+            hint="Name one or the other.",
+        )
     exact = next(model.parameters()).dtype == torch.float64
     config = LoraConfig(
         r=r,
@@ -53,6 +63,7 @@ def inject_lora(
         lora_dropout=lora_dropout,
         target_modules=targets,
         modules_to_save=saved,
+        trainable_token_indices=rows,
         use_rslora=use_rslora,
         task_type="CAUSAL_LM",
         bias="none",

@@ -53,18 +53,20 @@ def low_rank_from_folder(folder: str | Path, base: Any) -> LowRank:
 
     Every tensor of the file lands on a linear layer of its shape and every layer that the config names gets its two;
     else AdapterError, as for code or pickles in the folder, tensors that are not finite, a trained copy of a whole
-    layer (modules_to_save) and LoRA on the embeddings or the head, which other rows of a batch would share.
+    layer (modules_to_save) or rows of one, and LoRA on the embeddings or the head, which other rows of a batch would
+    share.
     """
     place = Path(folder)
     config = read_adapter_config(place)
     refuse_code(place)
-    if config.get("modules_to_save"):
-        raise AdapterError(
-            f"{config['modules_to_save']} are trained whole; beside other adapters on one base only LoRA can answer",
-            file=place / CONFIG,
-            field="modules_to_save",
-            hint="cmqa chat serves it alone; cmqa merge makes it a model of its own.",
-        )
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if config.get(key):
+            raise AdapterError(
+                f"{config[key]} were trained; beside other adapters on one base only LoRA can answer",
+                file=place / CONFIG,
+                field=key,
+                hint="cmqa chat serves it alone; cmqa merge makes it a model of its own.",
+            )
     tensors = read_tensors(place / WEIGHTS)
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():

@@ -17,6 +17,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +46,19 @@ GOLDEN_PROMPTS = (
 _BESIDE = ("*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*")
 _FROM_RUN = ("tokenizer*", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
 _INDEX = "model.safetensors.index.json"
+_ROWS = ".token_adapter.trainable_tokens_delta"  # PEFT's name; the values themselves, not what is added
 # A merge that says something else than base + adapter is not kept. Rounding moves float32 logits by about 1e-5 of
 # their standard deviation (certificate.json has the number; it grows with depth), a wrong sum by about one; in 16
 # bits, where base + adapter is rounded otherwise, next-token distributions are compared, in nats.
 _FLOAT32_BOUND, _KL_BOUND = 1e-3, 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of an embedding or a head that the adapter replaces: values [rows, width]."""
+
+    ids: tuple[int, ...]
+    values: torch.Tensor
 
 
 def merge(
@@ -106,8 +116,9 @@ def unmerge(merged: str | Path, run: str | Path, out: str | Path) -> Path:
     rounding of the stored dtype (1e-6 in float32); what modules_to_save replaced is gone and is refused."""
     folder, source = Path(run), Path(merged)
     config = read_adapter_config(folder)
-    if config.get("modules_to_save"):
-        raise AdapterError("modules_to_save replaced weights of the base, which cannot be taken out", file=folder)
+    for key in ("modules_to_save", "trainable_token_indices"):
+        if config.get(key):
+            raise AdapterError(f"{key} replaced weights of the base, which cannot be taken out", file=folder)
     with appears_complete(Path(out)) as made:
         adapter = read_tensors(folder / WEIGHTS)
         _write(source, made, adapter, config, dtype=None, sign=-1, layers=layers_of(source))
@@ -175,15 +186,20 @@ def _write(
 
 def _changes(
     adapter: dict[str, torch.Tensor], config: dict[str, Any]
-) -> dict[str, torch.Tensor | tuple[torch.Tensor, torch.Tensor, float]]:
-    """By the base's name of a weight: (A, B, scaling), or the whole new tensor of modules_to_save."""
+) -> dict[str, torch.Tensor | Rows | tuple[torch.Tensor, torch.Tensor, float]]:
+    """By the base's name of a weight: (A, B, scaling), the whole new tensor of modules_to_save, or new rows."""
     if config.get("rank_pattern") or config.get("alpha_pattern"):
         raise AdapterError("rank_pattern and alpha_pattern are not merged here", hint="Merge it with PEFT.")
     scaling = config["lora_alpha"] / (math.sqrt(config["r"]) if config.get("use_rslora") else config["r"])
     changes: dict[str, Any] = {}
     for key, tensor in adapter.items():
         path = key.removeprefix("base_model.model.")
-        if path.endswith(".lora_A.weight"):
+        if path.endswith(_ROWS):
+            module = path.removesuffix(_ROWS)
+            indices = config.get("trainable_token_indices") or ()
+            ids = indices.get(module.rsplit(".", 1)[-1], ()) if isinstance(indices, dict) else indices
+            changes[f"{module}.weight"] = Rows(tuple(ids), tensor)
+        elif path.endswith(".lora_A.weight"):
             module = path.removesuffix(".lora_A.weight")
             b = adapter.get(key.replace(".lora_A.", ".lora_B."))
             if b is None:
@@ -199,6 +215,11 @@ def _changes(
 def _changed(name: str, weight: torch.Tensor, change: Any, sign: int) -> torch.Tensor:
     if change is None:
         return weight
+    if isinstance(change, Rows):
+        if len(change.ids) != len(change.values) or max(change.ids) >= len(weight):
+            raise AdapterError(f"{name}: {len(change.ids)} rows are named, {len(change.values)} are there")
+        exact = torch.promote_types(weight.dtype, torch.float32)
+        return weight.to(exact).index_copy_(0, torch.tensor(change.ids), change.values.to(exact))
     shape = tuple(change.shape) if isinstance(change, torch.Tensor) else (len(change[1]), change[0].shape[1])
     if shape != tuple(weight.shape):
         raise AdapterError(

@@ -22,7 +22,7 @@ _NAME = "lora_cmqa_packed"
 
 def hidden_states_plain(causal: Any, pack: Pack) -> torch.Tensor:
     """[supervised, width]: the final hidden states (after the last norm) at `pack.predict_at`."""
-    device = causal.get_input_embeddings().weight.device
+    device = causal.device
     with _packed(causal):
         hidden = causal.get_decoder()(
             input_ids=torch.from_numpy(pack.input_ids).long().to(device)[None],

@@ -39,6 +39,15 @@ TEXT: dict[str, str] = {
     "decoder.merged": "{part}: an adapter is merged into the weight",
     "decoder.lora_variant": "{part}: {kind} is not plain LoRA",
     "decoder.long_rows": "rows of {tokens} tokens: in evaluation Qwen v1 scales what lies beyond {most}",
+    # tokens
+    "tokens.trained": "{tokens}: their {rows} rows of embedding and head are trained too. {profile}",
+    "tokens.untrained": "{tokens}: untrained in this base, as tokens that no text holds; their {rows} rows of "
+    "embedding and head are trained too. {profile}",
+    "tokens.profile": "The adapter is then not in the portable profile: PEFT and cmqa load it; merge it for others.",
+    "tokens.known": "{tokens}: this base knows them; LoRA only.",
+    "tokens.chat_model": "{tokens}: the generation config says that this is a chat model, which knows them; LoRA only.",
+    "tokens.cannot_tell": "{tokens}: whether this base knows them cannot be told from its embedding (unused tokens do "
+    "not stand apart there); LoRA only. --trainable-tokens with their names trains their rows.",
     # train
     "train.no_shared_prefixes": "With dropout each row has masks of its own: what rows share is computed for each.",
     "train.plain_path": "The plain path trains this, slower, with the same result: {reason}.",

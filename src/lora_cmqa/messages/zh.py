@@ -38,6 +38,15 @@ TEXT: dict[str, str] = {
     "decoder.merged": "{part}：适配器已并入权重",
     "decoder.lora_variant": "{part}：{kind} 不是普通 LoRA",
     "decoder.long_rows": "有 {tokens} 个 token 的行：评估时 Qwen v1 会缩放第 {most} 个之后的部分",
+    # tokens
+    "tokens.trained": "{tokens}：它们在词嵌入和输出头中的 {rows} 行也参与训练。{profile}",
+    "tokens.untrained": "{tokens}：基座没有学过这些词元（与从未用过的词元无异），"
+    "它们在词嵌入和输出头中的 {rows} 行也参与训练。{profile}",
+    "tokens.profile": "因此适配器不属于可移植格式：PEFT 和 cmqa 可直接加载，其他引擎请先合并。",
+    "tokens.known": "{tokens}：基座已学过；只训练 LoRA。",
+    "tokens.chat_model": "{tokens}：生成配置表明这是对话模型，已学过；只训练 LoRA。",
+    "tokens.cannot_tell": "{tokens}：从词嵌入看不出基座是否学过（未用过的词元并不聚在一起）；只训练 LoRA。"
+    "如要训练，请在 --trainable-tokens 中写出它们。",
     # train
     "train.no_shared_prefixes": "使用 dropout 时每行需要各自的掩码：共享的开头将逐行计算。",
     "train.plain_path": "将用普通路径训练，较慢，结果相同：{reason}。",

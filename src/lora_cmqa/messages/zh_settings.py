@@ -11,6 +11,7 @@ SETTINGS: dict[str, str] = {
         "auto：设备以 bfloat16 计算时用 bfloat16，否则 float32。"
     ),
     "model.device": "cpu、cuda、cuda:1；auto 在有显卡时用显卡。",
+    "model.num_hidden_layers": "只保留基座的前若干层（原脚本为放进显卡而取 16 层）；剩下的是受损的模型。",
     # data
     "data.path": "cmqa prepare 生成的文件夹、messages 格式的 JSONL，或 conversations 格式的 JSON。",
     "data.model_max_length": "一行最长多少词元；超长的行按 on_too_long 处理，绝不悄悄截断。",
@@ -31,6 +32,10 @@ SETTINGS: dict[str, str] = {
     "lora.lora_dropout": "原脚本用 0.05；这里默认 0：每行只看几遍，且 0 能让各条快速路径保持精确。",
     "lora.target_modules": "加 LoRA 的模块名；all-linear 为全部线性层（输出头除外）。",
     "lora.modules_to_save": "整体参与训练的模块，如 wte lm_head；所需内存会先打印出来。",
+    "lora.trainable_tokens": (
+        "训练这些词元在词嵌入和输出头中的行：none、词元本身，或 auto（对话模板中基座没学过的轮次词元）。"
+        "这样的适配器不属于可移植格式。"
+    ),
     "lora.use_rslora": "按 lora_alpha / sqrt(r) 缩放；保存时折算进 lora_alpha。",
     # train
     "train.output_dir": "训练文件夹；再次运行同一命令即可续训。",
@@ -111,6 +116,7 @@ SETTINGS: dict[str, str] = {
     # eval, chat, compare, merge
     "run": "训练文件夹，或任何 PEFT 适配器的文件夹。",
     "base": "基座；默认为适配器所记的那个。",
+    "num_hidden_layers": "基座裁到多少层；默认以训练文件夹的 fingerprint.json 为准。",
     "device": "cpu、cuda、cuda:1；auto 在有显卡时用显卡。",
     "dtype": "计算精度；auto 由设备决定。",
     "system": "系统提示；默认与训练时相同。",
@@ -128,10 +134,12 @@ SETTINGS: dict[str, str] = {
     # convert, adapter
     "convert source": "Qwen v1 检查点的文件夹。",
     "convert out": "要写入的文件夹。",
+    "convert num_hidden_layers": "只写出前若干层。",
     "convert dtype": "转换后权重的精度；auto 与原来相同。",
     "adapter import old": "Qwen v1 / peft 0.6 时代的适配器文件夹。",
     "adapter import model": "训练它时所用的基座：Qwen v1 文件夹或其转换结果。",
     "adapter import out": "要写入的文件夹。",
+    "adapter import num_hidden_layers": "它的基座被裁到多少层（原脚本为 16）。",
     "adapter import without_missing": "声明了 modules_to_save 却缺少其权重时，仍然导入其余部分。",
     "adapter rebase adapter": "适配器文件夹。",
     "adapter rebase model": "同一基座的新位置，例如 cmqa convert 写出的文件夹。",

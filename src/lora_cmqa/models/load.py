@@ -123,6 +123,13 @@ def layers_of(folder: Path) -> int:
     return layers
 
 
+def chat_format(folder: Path) -> str | None:
+    """What Qwen v1's generation config calls its prompts: chatml (a chat model), raw (a base); None where unsaid."""
+    file = folder / "generation_config.json"
+    said = read_json(file, folder).get("chat_format") if file.exists() else None
+    return said if isinstance(said, str) else None
+
+
 def base_name(name_or_path: str | Path) -> str:
     """What adapter_config.json calls the base, for plain PEFT to load later from any folder: a path in full, a hub
     name as it is."""

@@ -38,9 +38,10 @@ from ..lora.decoder import checkpoint_activations, token_losses, why_plain
 from ..lora.fingerprint import FILE as FINGERPRINT
 from ..lora.fingerprint import check_fingerprint
 from ..lora.inject import QWEN_V1_NAMES, inject_lora, lora_parameters
+from ..lora.tokens import choose_tokens
 from ..messages import say
 from ..models.cache import cache_root
-from ..models.load import base_name, load_model, pick_device, pick_dtype
+from ..models.load import base_name, chat_format, load_model, pick_device, pick_dtype, resolve
 from .checkpoint import BEST, load_checkpoint, newest_whole, restore_rng_state, save_checkpoint
 from .commit import check_space, disk_errors, remove_leftovers, write_file
 from .deterministic import deterministic_kernels
@@ -480,7 +481,12 @@ def _start(config: Config, folder: Path) -> _Run:
     rows = _encode(train_examples, "train", config, template)
     dev_rows = _encode(dev_examples, "dev", config, template) if dev_examples else []
     _announce_modules_to_save(model, config.lora.modules_to_save)
-    model = _inject(model, config)
+    tokens, told = choose_tokens(
+        config.lora.trainable_tokens, model, tokenizer, template, chat_format=chat_format(resolve(m.name_or_path))
+    )
+    if told:
+        _tell(told)
+    model = _inject(model, config, tokens)
     if t.gradient_checkpointing:
         checkpoint_activations(model, t.checkpoint_layers or None)
     stream = BatchStream(
@@ -538,7 +544,7 @@ def _dev_ranking(config: Config, dev: Sequence[Example], template: ChatTemplate)
     return ranking
 
 
-def _inject(model: Any, config: Config) -> Any:
+def _inject(model: Any, config: Config, tokens: Sequence[int]) -> Any:
     lora, total = config.lora, sum(p.numel() for p in model.parameters())
     weights = next(model.parameters())
     with warnings.catch_warnings():
@@ -550,6 +556,7 @@ def _inject(model: Any, config: Config) -> Any:
             lora_dropout=lora.lora_dropout,
             target_modules=lora.target_modules,
             modules_to_save=lora.modules_to_save,
+            trainable_token_ids=tokens,
             use_rslora=lora.use_rslora,
             seed=config.train.seed,
         )

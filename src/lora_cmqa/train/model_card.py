@@ -19,6 +19,7 @@ def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> st
     depth = config.model.num_hidden_layers
     cut = f", cut to its first {depth} layers" if depth else ""
     whole = f"; trained whole: {' '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
+    rows = f"; trained by rows: {' '.join(lora.trainable_tokens)}" if lora.trainable_tokens else ""
     lines = [
         "---",
         "library_name: peft",
@@ -37,7 +38,7 @@ def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> st
         f"| base | {name}{cut} (its hashes: `fingerprint.json`) |",
         *([f"| data | {card['source']}, licence {card['licence']} |"] if card else []),
         *(f"| sha256 of {file} | {digest} |" for file, digest in sorted(card.get("outputs", {}).items())),
-        f"| LoRA | r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}{whole} |",
+        f"| LoRA | r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}{whole}{rows} |",
         f"| a step | {t.per_device_train_batch_size * t.gradient_accumulation_steps} rows |",
         f"| learning rate | {t.learning_rate:g}, {t.lr_scheduler_type} |",
         f"| epochs | {t.num_train_epochs:g} |" if t.max_steps <= 0 else f"| steps | {t.max_steps} |",
