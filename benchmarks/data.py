@@ -30,7 +30,6 @@ from lora_cmqa.data.sources import read_cmqa
 from lora_cmqa.data.stream import BatchStream
 from lora_cmqa.data.template import ChatTemplate
 from lora_cmqa.data.token_cache import encode_cached
-from lora_cmqa.models.load import load_tokenizer
 
 
 def make_rows(source: Path, folder: Path, rows: int, seed: int) -> None:
@@ -70,6 +69,8 @@ def room(made: Path, out: Path, seed: int) -> dict[str, Any]:
 
 def tokens(out: Path, kept: Path, model: str, seed: int) -> dict[str, Any]:
     """Encode and keep, pack one epoch at 16 rows a step, open again."""
+    from lora_cmqa.models.load import load_tokenizer  # here: torch is no part of the room's memory
+
     examples = [e for split in ("train", "dev", "test") for e in load_split(out, split)]
     template = ChatTemplate.from_tokenizer(load_tokenizer(model))
     options = {"folder": kept, "max_bytes": 1 << 34, "max_length": 512}

@@ -4,10 +4,11 @@ import random
 from collections import Counter
 
 import pytest
+from hypothesis import given, settings
 
 from lora_cmqa.data.personal import KINDS, blur, find_personal_data, mask, mask_all
 
-from .conftest import planted
+from .conftest import dirty_text, planted
 
 
 def test_case_42_at_least_99_percent_of_a_planted_set_is_masked():
@@ -62,6 +63,22 @@ def test_masks_are_no_finds_and_masking_twice_is_masking_once():
         once = mask_all(planted(rng)[1])
         assert mask_all(once) == once
         assert find_personal_data(once) == []
+
+
+def test_signs_leave_no_text_out():
+    """The short way through `mask` gives what the patterns alone give."""
+    rng = random.Random(11)
+    for _ in range(3000):
+        text = planted(rng)[1]
+        for name, kind in KINDS.items():
+            assert mask(text, name) == kind.pattern.sub(kind.word, text)
+
+
+@given(dirty_text)
+@settings(max_examples=200, deadline=None)
+def test_signs_leave_no_dirty_text_out(text):
+    for name, kind in KINDS.items():
+        assert mask(text, name) == kind.pattern.sub(kind.word, text)
 
 
 def test_a_report_shows_how_but_not_whom():

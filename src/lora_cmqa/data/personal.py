@@ -13,14 +13,19 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Literal
+
+Sign = Literal["latin", "digits"]
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """`word` stands in the text's place; `pattern` finds it."""
+    """`word` stands in the text's place; `pattern` finds it, and only where the text has one of `signs`."""
 
     word: str
     pattern: re.Pattern[str]
+    signs: tuple[Sign, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,7 @@ KINDS: dict[str, Kind] = {
         re.compile(
             rf"[\w.%+-]{{1,64}}\s?(?:[@＠]|[(（\[]at[)）\]])\s?[\w-]+(?:{_DOT}[\w-]+)*{_DOT}[A-Za-z]{{2,}}", re.A | re.I
         ),
+        ("latin",),
     ),
     "url": Kind(
         "[网址]",
@@ -57,6 +63,7 @@ KINDS: dict[str, Kind] = {
             rf"(?<![\w.。@-])[\w-]{{2,}}(?:{_DOT}[\w-]+)*{_DOT}{_ZONES}(?![\w-])(?:/[\w./?#&=%:+~-]*)?",
             flags=re.A | re.I,
         ),
+        ("latin",),
     ),
     "id_card": Kind(
         "[证件号]",
@@ -66,8 +73,9 @@ KINDS: dict[str, Kind] = {
             r"(?<!\d)[1-9]\d{5}\d\d(?:0[1-9]|1[0-2])(?:0[1-9]|[12]\d|3[01])\d{3}(?!\d)",  # the 15 digits of before 1999
             rf"身份证(?:件)?(?:号码?)?{_IS}\d[\d* ]{{13,18}}[\dXx*](?!\d)",
         ),
+        ("digits",),
     ),
-    "hotline": Kind("[热线]", re.compile(rf"(?<![\d.])[48]00{_GAP}(?:\d{_GAP}){{6}}\d(?!\d)")),
+    "hotline": Kind("[热线]", re.compile(rf"(?<![\d.])[48]00{_GAP}(?:\d{_GAP}){{6}}\d(?!\d)"), ("digits",)),
     "phone": Kind(
         "[电话]",
         _any(
@@ -78,6 +86,7 @@ KINDS: dict[str, Kind] = {
             r"(?:\s?[-转]\s?\d{1,5})?",
             rf"(?:电话|手机|座机|热线|联系方式|号码|致电|拨打|[Tt][Ee][Ll]){_IS}[2-9]\d{{2,3}}[- ]?\d{{4}}(?!\d)",
         ),
+        ("digits",),
     ),
     "qq": Kind(
         "[QQ]",
@@ -87,6 +96,7 @@ KINDS: dict[str, Kind] = {
             r"(?<!\d)[1-9]\d{4,10}\s?[(（]?(?:是我的?)?(?:QQ|扣扣)号?[)）]?",
             flags=re.I,
         ),
+        ("digits",),
     ),
     "wechat": Kind(
         "[微信]",
@@ -96,6 +106,7 @@ KINDS: dict[str, Kind] = {
             rf"(?:加我?|我的?)(?:[vV]|微|薇){_IS}(?:[a-z][-a-z0-9_]{{5,19}}|\d{{6,}})",
             flags=re.I | re.A,
         ),
+        ("latin", "digits"),
     ),
 }
 
@@ -122,6 +133,7 @@ NAMES = Kind(
         rf"(?<=[者人儿生夫师][:：]){_SURNAME}{_GIVEN}{{1,2}}(?![\u4e00-\u9fff])",
         rf"(?<=[我名]叫){_SURNAME}{_GIVEN}{{1,2}}(?![\u4e00-\u9fff])",
     ),
+    (),
 )
 
 
@@ -143,7 +155,19 @@ def find_personal_data(text: str, *, names: bool = False) -> list[Found]:
 def mask(text: str, kind: str) -> str:
     """`text` with every find of one kind (KINDS or "names") replaced by its word in brackets."""
     k = NAMES if kind == "names" else KINDS[kind]
+    if k.signs and not _signs_of(text).intersection(k.signs):  # most text has none, and patterns are slow
+        return text
     return k.pattern.sub(k.word, text)
+
+
+_LATIN = re.compile(r"[A-Za-zＡ-Ｚａ-ｚ]{2}")
+_DIGITS = re.compile(r"\d(?:\D{0,3}\d){4}|[零〇一二三四五六七八九幺]{11}")
+
+
+@lru_cache(maxsize=8)  # the kinds are masked one after the other
+def _signs_of(text: str) -> frozenset[Sign]:
+    found: list[tuple[Sign, re.Pattern[str]]] = [("latin", _LATIN), ("digits", _DIGITS)]
+    return frozenset(sign for sign, pattern in found if pattern.search(text))
 
 
 def mask_all(text: str) -> str:
