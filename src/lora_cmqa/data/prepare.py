@@ -24,7 +24,8 @@ from .candidates import ANSWERS, FOLDER, SPLITS, CandidateList, draw_candidates,
 from .clean import CleanReport, clean
 from .files import DataFile, on_disk
 from .mix import draw, read_sources, repeat
-from .report import as_html
+from .overview import overview
+from .report import as_html, summary
 from .sources import CARD, HUB, Source, read_examples, read_messages, write_conversations, write_messages
 from .split import Alike, clusters, find_alike, leaking, leaks, split
 from .spun import refuse_spun
@@ -106,7 +107,7 @@ def prepare(
         _write(out, rows, format)
         texts = {e.id: (e.question_id, e.answer) for e in kept}
         report |= _write_candidates(out / FOLDER, sources, rows, texts, alike, seed)
-        (out / "report.html").write_text(as_html(report, rows.kept), encoding="utf-8")
+        (out / "report.html").write_text(as_html(report), encoding="utf-8")
         (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
         _write_card(out, sources, report, licence)  # last: it says that the folder is whole
     except OSError as e:
@@ -152,13 +153,12 @@ def load_split(path: str | Path, name: str, *, dev_fraction: float = 0.0, seed: 
 
 def print_summary(report: dict[str, Any]) -> None:
     """What a person wants to know after `cmqa prepare`."""
-    print(say("data.summary", **{k: report[k] for k in ("read", "kept", "repaired", "rejected")}))
-    print(say("data.splits", **report["splits"]))
+    first, *others = summary(report)
+    print(first)
     for name, count in report["rules"].items():
-        if count["rows"]:
-            print(say("data.flag" if name in report["flags"] else "data.rule", name=name, rows=count["rows"]))
-    for pair, found in (report["leaks"] | report["against"]).items():
-        print(say("data.leak", pair=pair.replace("_", " / "), **found))
+        if count["rows"] and name not in report["flags"]:
+            print(say("data.rule", name=name, rows=count["rows"]))
+    print("\n".join(others))
 
 
 # ---- the account ------------------------------------------------------------------------------------------------
@@ -176,6 +176,7 @@ def _report(
     accounts = _accounts(sources, weights, rows)
     reasons = rows.reasons()
     sides: tuple[tuple[Split, Split], ...] = (("dev", "train"), ("test", "train"), ("test", "dev"))
+    every = [e for s in SPLITS for e in rows.kept[s]]
     pairs = [(a, b) for a, b in sides if rows.kept[a] and rows.kept[b]]
     return {
         "source": str(source)
@@ -194,6 +195,7 @@ def _report(
         "flags": cleaned.flags,
         "digit_stops": cleaned.digit_stops,
         "leaks": {f"{a}_{b}": asdict(leaks(rows.kept[a], rows.kept[b], alike)) for a, b in pairs},
+        **overview(every, clusters(every, alike)),
         "seed": seed,
     }
 
