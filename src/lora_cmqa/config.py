@@ -171,6 +171,8 @@ class EvaluateConfig:
     """Probe questions asked; 0 asks all."""
     probe_shots: int = 0
     """Worked examples before each probe question, from the subject's dev file; five at most."""
+    lm_eval: tuple[str, ...] = ()
+    """Tasks of EleutherAI's harness for both sides, where it is installed (extra harness); it uses the network."""
     max_forgetting: float = 0.05
     """Share of right answers that the adapter may lose."""
     gate: bool = False

@@ -29,6 +29,7 @@ from . import signature
 from .bootstrap import Paired
 from .expected import expected_seconds
 from .forgetting import Probe, answer_probe, diverge, general_prompts, probe_rows, read_probe
+from .harness import harness_measures, task_names
 from .measures import (
     SIDES,
     Measure,
@@ -117,6 +118,7 @@ class _Work:
     sets_from_file: bool
     probe: Probe | None
     probe_rows: Sequence[TokenizedExample]
+    harness: Sequence[str]
     leaked: set[str] | None  # question ids; None: the training rows are not here
 
     @property
@@ -192,6 +194,7 @@ def _plan(opened: OpenRun, data: str | Path | None, e: EvaluateConfig) -> _Work:
         sets=sets,
         sets_from_file=from_file,
         probe=probe,
+        harness=task_names(e.lm_eval),
         probe_rows=probe_rows(probe, opened.template, shots=e.probe_shots, system=run.data.system) if probe else (),
         leaked=_leaked(examples, run, source),
     )
@@ -253,6 +256,9 @@ def _measure(work: _Work) -> _Results:
         said = [_on(work, side, lambda: answer_probe(model, probe, rows, template)) for side in SIDES]
         asked = probe.questions
         out.measures.append(probe_measure(said, [q.answer for q in asked], [q.id for q in asked]))
+    if work.harness:
+        _stage("harness")
+        out.measures += harness_measures(work.opened, work.harness)
     _stage("answers")
     _answers(work, out)
     losses = {r.id: (b, a) for r, b, a in zip(work.rows, true.base.per_token, true.adapter.per_token, strict=True)}

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..messages import Language, say
+from .harness import PREFIX as HARNESS
 
 SECTIONS: dict[str, tuple[str, ...]] = {
     "task": ("nll", "perplexity", "content_gain", "nll_shuffled", "kl"),
@@ -58,7 +59,8 @@ def loss_curve(run: Path) -> list[dict[str, Any]]:
 
 def sections(report: Mapping[str, Any], lang: Language | None = None) -> list[tuple[str, list[list[str]]]]:
     """[(title, rows of COLUMNS), ...] of all that was measured, in a fixed order."""
-    measured = [(f"eval.section_{name}", _rows(report["metrics"], keys, lang)) for name, keys in SECTIONS.items()]
+    names = SECTIONS | {"harness": tuple(k for k in report["metrics"] if k.startswith(HARNESS))}
+    measured = [(f"eval.section_{name}", _rows(report["metrics"], keys, lang)) for name, keys in names.items()]
     out = [(say(title, lang), rows) for title, rows in measured if rows]
     if (again := report["without_near_duplicates"]) is not None:
         title = say("eval.section_without", lang, rows=again["rows"], left_out=again["left_out"])
@@ -74,7 +76,7 @@ def _rows(metrics: Mapping[str, Any], keys: Sequence[str], lang: Language | None
         low, high = m["ci95"]
         rows.append(
             [
-                say(f"eval.{key}", lang),
+                key.removeprefix(HARNESS) if key.startswith(HARNESS) else say(f"eval.{key}", lang),
                 f"{m['base']:.3f}",
                 f"{m['adapter']:.3f}",
                 f"{m['difference']:+.3f}",

@@ -30,9 +30,8 @@ def sign(
     system: str | None,
 ) -> dict[str, Any]:
     """Hashes are sha256. None stands where a part was not measured."""
-    sizes = {
-        k: v for k, v in asdict(e).items() if k not in ("split", "probe", "gate", "bootstrap_samples", "bootstrap_seed")
-    }
+    elsewhere = ("split", "probe", "gate", "bootstrap_samples", "bootstrap_seed")
+    sizes = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(e).items() if k not in elsewhere}
     return {
         "data_sha256": _hash([[r.id, [[m.role, m.content] for m in r.messages]] for r in rows]),
         "split": e.split,

@@ -168,6 +168,8 @@ TEXT: dict[str, str] = {
     "eval.section_answers": "The task: generated answers",
     "eval.section_forgetting": "Forgetting",
     "eval.section_safety": "Safety",
+    "eval.section_harness": "lm-evaluation-harness",
+    "eval.stage_harness": "lm-evaluation-harness",
     "eval.section_without": "Without questions that have a near-duplicate in the training rows "
     "({rows} rows, {left_out} left out)",
     "eval.n": "n",

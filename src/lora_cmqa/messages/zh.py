@@ -163,6 +163,8 @@ TEXT: dict[str, str] = {
     "eval.section_answers": "任务：生成的回答",
     "eval.section_forgetting": "遗忘",
     "eval.section_safety": "安全",
+    "eval.section_harness": "lm-evaluation-harness",
+    "eval.stage_harness": "lm-evaluation-harness",
     "eval.section_without": "去掉与训练行近似重复的问题之后（{rows} 行，去掉 {left_out} 行）",
     "eval.n": "n",
     "eval.detectable": "可检出",

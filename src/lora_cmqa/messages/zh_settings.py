@@ -84,6 +84,7 @@ SETTINGS: dict[str, str] = {
     "evaluate.probe": "选择题文件夹或 CSV（C-Eval、CMMLU、CMExam 格式），用来衡量遗忘。",
     "evaluate.probe_questions": "问多少道选择题；0 为全部。",
     "evaluate.probe_shots": "每道选择题之前给几道带答案的例题（取自该科目的 dev 文件），最多五道。",
+    "evaluate.lm_eval": "用 EleutherAI 的 harness 在两边运行的任务（需安装 harness 附加包）；会联网。",
     "evaluate.max_forgetting": "允许适配器答错的比例增加多少。",
     "evaluate.gate": "除非任务更好、遗忘与安全都在限度之内，否则以退出码 4 结束。",
     "evaluate.split": "在 dev 还是 test 上评估。",
