@@ -114,6 +114,7 @@ def measure(case: Case) -> dict[str, Any]:
         r=case.r,
         max_tokens=full.tokens,
         longest_row=max(full.row_lengths),
+        mean_row=sum(n * n for n in full.row_lengths) / full.tokens,
         supervised=full.supervised_tokens / full.tokens,
         checkpoint_layers=case.checkpoint_layers,
         head_chunk=case.head_chunk,

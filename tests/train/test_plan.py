@@ -364,6 +364,7 @@ def test_what_a_layer_keeps_is_what_the_ledger_says(kind, kv_heads, layers_recom
         r=16,
         max_tokens=pack.tokens,
         longest_row=max(pack.row_lengths),
+        mean_row=sum(n * n for n in pack.row_lengths) / pack.tokens,
         supervised=pack.supervised_tokens / pack.tokens,
         checkpoint_layers=layers_recomputed,
         on_gpu=as_on_a_card,

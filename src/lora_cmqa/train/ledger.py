@@ -28,9 +28,8 @@ SHARD_BYTES = 5 * 10**9  # of a published checkpoint's file: what a merge holds 
 
 # Rows of one attention group differ in length by at most an eighth (kernels/attention.py): half of that on average.
 GRID = 1 + 1 / 16
-# On a CPU, rows of at most PRODUCTS tokens are attended by products, which keep their weights (kernels/attention.py): a
-# token's row is this share of the longest, for rows drawn evenly between half of it and all of it.
-PRODUCTS, ROW_SHARE = 512, 0.78
+# On a CPU, rows of at most so many tokens are attended by products, which keep their weights (kernels/attention.py).
+PRODUCTS = 512
 
 # CUDA: what the context and the libraries' workspaces take (cuBLAS 32 MiB on Hopper, 8 MiB before) beside torch's
 # allocator, and what the allocator holds beyond what is asked for.
@@ -75,6 +74,7 @@ class Setup:
     trained_whole: int = 0  # parameters of modules_to_save
     max_tokens: int = 2048  # of a micro-batch
     longest_row: int = 512
+    mean_row: float | None = None  # of the rows, each counted as often as it has tokens
     supervised: float = 1.0  # share of a micro-batch's tokens that are taught
     checkpoint_layers: int = 0  # the first so many keep their input only
     head_chunk: int = 256
@@ -89,6 +89,11 @@ class Setup:
     def tokens(self) -> int:
         """Of the largest micro-batch: a row longer than max_tokens stands alone."""
         return max(self.max_tokens, self.longest_row)
+
+    @property
+    def row_seen(self) -> float:
+        """Length of the row that a token of the micro-batch stands in, on average; the longest where not known."""
+        return self.longest_row if self.mean_row is None else self.mean_row
 
     @property
     def fused_attention(self) -> bool:
@@ -160,7 +165,7 @@ def layer_keeps(setup: Setup, *, last: bool = False) -> float:
     chosen = tuple(s.linears) if setup.targets is None else setup.targets
     first = [t for t in chosen if t[0] in "qkv"]
     second = [t for t in chosen if t[0] not in "qkv"]
-    attention = 4 * q if setup.fused_attention else q + 2 * kv + s.heads * ROW_SHARE * setup.longest_row
+    attention = 4 * q if setup.fused_attention else q + 2 * kv + s.heads * setup.row_seen
     before = 2 * h + (q + 2 * kv) * s.head_norm + attention * GRID + r * len(first)
     after = q + 2 * h + 3 * f + r * len(second) + (2 * h if s.family == "gemma3" else 0)
     exact = max(4, v)
@@ -219,7 +224,7 @@ def layer_backward(setup: Setup) -> Row:
     gated = (2 * s.ffn + s.hidden) * v
     products = 0.0
     if not setup.fused_attention:
-        a_token = s.heads * ROW_SHARE * setup.longest_row * GRID
+        a_token = s.heads * setup.row_seen * GRID
         products = (2 * max(4, v) + v) * a_token + 4 * s.q_width * v - (3 * s.ffn + 2 * s.hidden) * v
     return Row("backward of a layer", round(setup.tokens * max(gated, products)))
 
