@@ -69,7 +69,7 @@ def killed(config, where: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("where", "count"),
-    [("step", 1), ("step", 4), ("step", 6), ("write", 5), ("write", 37), ("rename", 2)],
+    [("step", 1), ("step", 4), ("step", 7), ("write", 5), ("write", 37), ("rename", 2)],
 )
 def test_case_37_killed_once_and_started_again(seven, to_the_end, where, count):
     killed(seven(), where, count)
