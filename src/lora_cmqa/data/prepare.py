@@ -9,7 +9,6 @@ OUT/rejects.jsonl  report.json  report.html  data_card.json
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -21,12 +20,12 @@ from ..core import Example, Split
 from ..errors import DataError, ResourceError
 from ..messages import say
 from .candidates import ANSWERS, FOLDER, SPLITS, CandidateList, draw_candidates, write_candidates
+from .card import CARD, write_card
 from .clean import CleanReport, clean
-from .files import DataFile, on_disk
 from .mix import draw, read_sources, repeat
 from .overview import overview
 from .report import as_html, summary
-from .sources import CARD, HUB, Source, read_examples, read_messages, write_conversations, write_messages
+from .sources import HUB, Source, read_examples, read_messages, write_conversations, write_messages
 from .split import Alike, clusters, find_alike, leaking, leaks, split
 from .spun import refuse_spun
 
@@ -109,7 +108,7 @@ def prepare(
         report |= _write_candidates(out / FOLDER, sources, rows, texts, alike, seed)
         (out / "report.html").write_text(as_html(report), encoding="utf-8")
         (out / "report.json").write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        _write_card(out, sources, report, licence)  # last: it says that the folder is whole
+        write_card(out, sources, report, licence)  # last: it says that the folder is whole
     except OSError as e:
         raise ResourceError(f"cannot be written: {e.strerror}", file=out, hint="Name another --out.") from None
     return report
@@ -268,36 +267,3 @@ def _write_candidates(
     questions = {s: {e.question_id: e.question for e in rows.kept[s]} for s in SPLITS}
     counts = write_candidates(folder, lists, questions, carried | texts)
     return {"candidates": counts, "candidates_drawn": sorted(drawn)}
-
-
-def _write_card(out: Path, sources: Sequence[Source], report: dict[str, Any], licence: str) -> None:
-    """data_card.json: what went in and what came out, by hash; it travels into the run folder and the model card."""
-    inputs: dict[str, str] = {}
-    for source in sources:
-        before = f"{source.name}/" if len(sources) > 1 else ""
-        inputs |= {before + name: _sha256_of(file) for name, file in sorted(source.files.items())}
-        if not source.files:  # a dataset of a hub: its rows are what was read
-            inputs[source.name] = _sha256_of_rows(source.examples)
-    card = {
-        "source": report["source"],
-        "licence": licence,
-        "inputs": inputs,
-        "outputs": {f"{s}.jsonl": _sha256_of(on_disk(out / f"{s}.jsonl")) for s in SPLITS},
-        "rows": report["splits"],
-    }
-    (out / CARD).write_text(json.dumps(card, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-
-
-def _sha256_of(file: DataFile) -> str:
-    digest = hashlib.sha256()
-    with file.open() as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _sha256_of_rows(examples: Iterable[Example]) -> str:
-    digest = hashlib.sha256()
-    for e in examples:
-        digest.update(json.dumps(asdict(e), ensure_ascii=False, sort_keys=True).encode())
-    return digest.hexdigest()

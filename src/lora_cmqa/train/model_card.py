@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from ..config import Config
+from ..data.card import read_card
 
 
 def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> str:
@@ -14,7 +14,8 @@ def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> st
     t, lora = config.train, config.lora
     local = Path(base).is_absolute()  # a path of this machine says nothing to others: the fingerprint names the base
     name = config.model.name_or_path if not local else Path(config.model.name_or_path).name
-    card = _data_card(config)
+    d = config.data
+    card = read_card(d.path or "", *([d.replay] if d.replay else []))
     targets = " ".join(lora.target_modules)
     depth = config.model.num_hidden_layers
     cut = f", cut to its first {depth} layers" if depth else ""
@@ -36,8 +37,8 @@ def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> st
         "| | |",
         "|---|---|",
         f"| base | {name}{cut} (its hashes: `fingerprint.json`) |",
-        *([f"| data | {card['source']}, licence {card['licence']} |"] if card else []),
-        *(f"| sha256 of {file} | {digest} |" for file, digest in sorted(card.get("outputs", {}).items())),
+        f"| data | {card['source']}, licence {card['licence']} |",
+        *(f"| sha256 of {file} | {digest} |" for file, digest in sorted(card["outputs"].items())),
         f"| LoRA | r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}{whole}{rows} |",
         f"| a step | {t.per_device_train_batch_size * t.gradient_accumulation_steps} rows |",
         f"| learning rate | {t.learning_rate:g}, {t.lr_scheduler_type} |",
@@ -50,13 +51,3 @@ def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> st
         "",
     ]
     return "\n".join(lines)
-
-
-def _data_card(config: Config) -> dict:
-    """The data folder's own card, where `cmqa prepare` left one."""
-    file = Path(config.data.path or "") / "data_card.json"
-    try:
-        card = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return {"source": "unknown", "licence": "unknown", **card} if isinstance(card, dict) else {}

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 from ..config import Config, ModelConfig, as_flat_dict, as_yaml, parse
+from ..data.card import read_card
+from ..data.sources import CARD as DATA_CARD
 from ..data.template import ChatTemplate
 from ..errors import ResourceError, RunError
 from ..lora.adapter import CONFIG, WEIGHTS
@@ -38,6 +40,7 @@ TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 # Settings that change nothing of what is computed: a resume may change them.
 _FREE = {
     *("train.output_dir", "train.resume", "train.logging_steps", "train.report_to", "train.save_total_limit"),
+    "data.token_cache_gib",
     "train.memory_limit",  # it may cut micro-batches, which changes no gradient
 }
 _COMPARED = ("versions", "processor", "device", "dtype", "float32_matmul_precision")
@@ -100,7 +103,10 @@ def _shown(value: Any) -> str:
 
 
 def write_settings(folder: Path, config: Config) -> None:
-    """At the first start only: a resume keeps what is there."""
+    """At the first start only: a resume keeps what is there. Beside them the card of what is trained on."""
+    if not (folder / DATA_CARD).exists():
+        d = config.data
+        write_file(folder / DATA_CARD, _json(read_card(d.path or "", *([d.replay] if d.replay else []))))
     if not (folder / SETTINGS).exists():
         write_file(folder / SETTINGS, as_yaml(config).encode())
 
