@@ -80,7 +80,7 @@ class EvalArgs:
     """Prepared folder or file; default: what the run was trained on."""
     name: str | None = None
     """RUN/eval/NAME; default: the split's name."""
-    base: str | None = None
+    model: str | None = None
     """Base model; default: the one the adapter names."""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -92,7 +92,8 @@ class EvalArgs:
 @dataclass(frozen=True)
 class ChatArgs:
     run: str = ""
-    base: str | None = None
+    model: str | None = None
+    """Base model; default: the one the adapter names."""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_hidden_layers: int | None = None
@@ -116,7 +117,8 @@ class CompareArgs(ChatArgs):
 class MergeArgs:
     run: str = ""
     out: str = ""
-    base: str | None = None
+    model: str | None = None
+    """Base model; default: the one the adapter names."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Of the merged weights; auto keeps the base's."""
     num_hidden_layers: int | None = None
@@ -211,7 +213,7 @@ def run_eval(args: EvalArgs) -> Result:
         run,
         args.data,
         args.evaluate,
-        base=args.base,
+        base=args.model,
         name=args.name,
         device=args.device,
         dtype=args.dtype,
@@ -243,8 +245,8 @@ def run_chat(args: ChatArgs) -> Result:
     from .engine.chat import Chat, converse
 
     chat = Chat(
-        _needed("RUN", args.run),
-        base=args.base,
+        _needed("RUN", args.run or args.model),  # a base may be talked to alone
+        base=args.model,
         device=args.device,
         dtype=args.dtype,
         num_hidden_layers=args.num_hidden_layers,
@@ -262,7 +264,7 @@ def run_compare(args: CompareArgs) -> Result:
     answers = compare(
         _needed("RUN", args.run),
         args.questions,
-        base=args.base,
+        base=args.model,
         device=args.device,
         dtype=args.dtype,
         num_hidden_layers=args.num_hidden_layers,
@@ -279,7 +281,7 @@ def run_merge(args: MergeArgs) -> Result:
     return merge(
         _needed("RUN", args.run),
         _needed("--out", args.out),
-        base=args.base,
+        base=args.model,
         dtype=dtype,
         num_hidden_layers=args.num_hidden_layers,
     )

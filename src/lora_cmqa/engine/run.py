@@ -51,7 +51,8 @@ def open_run(
         )
     name = base or (read_adapter_config(folder)["base_model_name_or_path"] if has_adapter else str(run))
     if not name:
-        raise AdapterError("the adapter names no base model", file=folder / "adapter_config.json", hint="Add --base M.")
+        file = folder / "adapter_config.json"
+        raise AdapterError("the adapter names no base model", file=file, hint="Add --model M.")
     kept = num_hidden_layers
     if has_adapter:
         source = fingerprinted(folder)

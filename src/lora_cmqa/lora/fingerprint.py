@@ -80,7 +80,7 @@ def check_fingerprint(run: str | Path, base: str | Path) -> None:
         raise AdapterError(
             f"this adapter was trained on another base than {base}: {'; '.join(differing)} differ",
             file=file,
-            hint="Name the right one with --base, or `cmqa adapter rebase` when you know that they are the same.",
+            hint="Name the right one with --model, or `cmqa adapter rebase` when you know that they are the same.",
         )
 
 

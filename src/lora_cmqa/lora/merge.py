@@ -83,7 +83,7 @@ def merge(
     refuse_code(folder)
     name = base or config.get("base_model_name_or_path")
     if not name:
-        raise AdapterError("the adapter names no base model", file=folder, hint="Add --base M.")
+        raise AdapterError("the adapter names no base model", file=folder, hint="Add --model M.")
     base_folder = resolve(name)
     _refuse_quantised(base_folder)
     stored = fingerprinted(folder)
@@ -251,7 +251,7 @@ def _refuse_quantised(base: Path) -> None:
         raise AdapterError(
             f"the base's weights are quantised ({method}): a sum with them would be rounded to their few levels",
             file=base / "config.json",
-            hint="Name the base in 16 or 32 bits with --base.",
+            hint="Name the base in 16 or 32 bits with --model.",
         )
 
 

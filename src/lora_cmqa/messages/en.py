@@ -74,6 +74,7 @@ TEXT: dict[str, str] = {
     "train.ranked": ", MRR {mrr}, Top-1 {top1}",
     "train.stopped_early": "step {step}: no better {metric} in {count} evaluations; stopped early.",
     "train.which_last": "the last step (no dev set)",
+    "train.plain_peft": "Plain transformers and PEFT cannot load this adapter on its base as that is. First:",
     "train.accepted": "--{flag} is accepted and has no effect here: {why}.",
     # data
     "data.cache_unwritable": "{folder} cannot be written ({reason}): the tokens are not kept for the next run.",

@@ -70,6 +70,7 @@ TEXT: dict[str, str] = {
     "train.ranked": "，MRR {mrr}，Top-1 {top1}",
     "train.stopped_early": "第 {step} 步：{metric} 连续 {count} 次验证没有变好，提前停止。",
     "train.which_last": "最后一步（没有验证集）",
+    "train.plain_peft": "transformers 与 PEFT 本身无法在这个基座上直接加载此适配器。请先运行：",
     "train.accepted": "--{flag} 可以写，但在这里不起作用：{why}。",
     # data
     "data.cache_unwritable": "{folder} 无法写入（{reason}）：词元不为下次运行保留。",

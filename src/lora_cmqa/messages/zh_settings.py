@@ -116,7 +116,7 @@ SETTINGS: dict[str, str] = {
     "html": "把各时刻的条形图写入这个网页。",
     # eval, chat, compare, merge
     "run": "训练文件夹，或任何 PEFT 适配器的文件夹。",
-    "base": "基座；默认为适配器所记的那个。",
+    "model": "基座；默认为适配器所记的那个。",
     "num_hidden_layers": "基座裁到多少层；默认以训练文件夹的 fingerprint.json 为准。",
     "device": "cpu、cuda、cuda:1；auto 在有显卡时用显卡。",
     "dtype": "计算精度；auto 由设备决定。",

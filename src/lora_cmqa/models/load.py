@@ -74,7 +74,7 @@ def load_model(
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer that `load_model` gives, without the model. Raises ModelError as it does."""
     folder = resolve(name_or_path)
-    if qwen1.is_qwen1(read_json(folder / "config.json", folder)):
+    if is_qwen_v1(folder):
         return qwen1.native_tokenizer(folder)
     refuse_remote_code(folder)
     return _load_tokenizer(folder)
@@ -121,6 +121,11 @@ def layers_of(folder: Path) -> int:
             "does not say how many layers there are", file=folder / "config.json", field="num_hidden_layers"
         )
     return layers
+
+
+def is_qwen_v1(folder: Path) -> bool:
+    """A checkpoint that transformers alone cannot load without running its code."""
+    return qwen1.is_qwen1(read_json(folder / "config.json", folder))
 
 
 def chat_format(folder: Path) -> str | None:

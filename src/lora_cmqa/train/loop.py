@@ -49,6 +49,7 @@ from .dev_ranking import DevRanking, dev_ranking
 from .memory import memory_limit
 from .model_card import model_card
 from .optim import Schedule, adamw, warmup_steps_of
+from .plain_peft import commands_for_plain_peft
 from .run_folder import (
     CARD,
     METRICS,
@@ -418,7 +419,8 @@ class _Run:
             if self.best_step
             else []
         )
-        write_file(self.folder / CARD, model_card(self.config, self.base, measured=measured).encode())
+        card = model_card(self.config, self.base, first=commands_for_plain_peft(self.config.model), measured=measured)
+        write_file(self.folder / CARD, card.encode())
         state = self._state() | {
             "adapter": "best on dev" if self.best_step else "last",
             "adapter_step": self.best_step or self.step,
@@ -435,6 +437,8 @@ class _Run:
                 which=best if self.best_step else say("train.which_last"),
             )
         )
+        if commands := commands_for_plain_peft(self.config.model, self.folder):
+            _tell("\n  ".join((say("train.plain_peft"), *commands)))
 
 
 class _StopSignals:
@@ -523,7 +527,9 @@ def _start(config: Config, folder: Path) -> _Run:
         dev_packs=pack(dev_rows, max_tokens=t.max_tokens) if dev_rows else (),
         dev_rows_sha256=rows_sha256(dev_rows),
         dev_ranking=ranking,
-        companions=write_companions(folder, tokenizer, template, m, model_card(config, base), model),
+        companions=write_companions(
+            folder, tokenizer, template, m, model_card(config, base, first=commands_for_plain_peft(m)), model
+        ),
     )
 
 

@@ -9,8 +9,9 @@ from ..config import Config
 from ..data.card import read_card
 
 
-def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> str:
-    """Front matter that hubs read, then a few plain sections. `measured` are lines known at the run's end."""
+def model_card(config: Config, base: str, *, first: Sequence[str] = (), measured: Sequence[str] = ()) -> str:
+    """Front matter that hubs read, then a few plain sections. `measured` are lines known at the run's end, `first`
+    the commands without which plain PEFT cannot load the adapter (plain_peft.py)."""
     t, lora = config.train, config.lora
     local = Path(base).is_absolute()  # a path of this machine says nothing to others: the fingerprint names the base
     name = config.model.name_or_path if not local else Path(config.model.name_or_path).name
@@ -47,7 +48,13 @@ def model_card(config: Config, base: str, *, measured: Sequence[str] = ()) -> st
         *(f"| {line} |" for line in measured),
         "",
         "Every setting stands in `config.yaml`, versions and device in `environment.json`. Use it with",
-        "`cmqa chat FOLDER`, or `peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)`.",
+        *_use(first),
         "",
     ]
     return "\n".join(lines)
+
+
+def _use(first: Sequence[str]) -> list[str]:
+    if not first:
+        return ["`cmqa chat FOLDER`, or `peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER)`."]
+    return ["`cmqa chat FOLDER`. Plain transformers and PEFT need these commands first:", "", "```", *first, "```"]

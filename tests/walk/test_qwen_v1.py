@@ -1,0 +1,114 @@
+"""The seed's own base model, QWenLMHeadModel with qwen.tiktoken, through every verb; and out again, to plain PEFT."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+
+from lora_cmqa.cli import main
+from lora_cmqa.engine.run import open_run
+from lora_cmqa.models.load import load_model
+
+IDS = torch.tensor([[151644, 872, 198, 104, 105, 106, 151645, 198, 151644, 77091, 198, 9909, 151645]])
+CPU = ("--device", "cpu", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def home(qwen_v1: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with rows, whose name says chat and space: neither decides anything."""
+    folder = tmp_path_factory.mktemp("v1") / "a chat folder"
+    rows = json.loads((qwen_v1 / "train64.json").read_text(encoding="utf-8"))
+    for name, part in (("train", rows[:8]), ("dev", rows[8:10]), ("test", rows[10:16])):
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        with (folder / "data" / f"{name}.jsonl").open("w", encoding="utf-8") as f:
+            for r in part:
+                messages = [{"role": t["from"], "content": t["value"]} for t in r["conversations"]]
+                row = {"id": r["id"], "question_id": r["id"], "split": name, "messages": messages}
+                f.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return folder
+
+
+def trained(home: Path, base: Path, name: str, *more: str) -> Path:
+    words = ["train", "--model", str(base), *CPU, "--data", str(home / "data"), "--output-dir", str(home / name)]
+    words += ["--r", "4", "--max-steps", "1", "--learning-rate", "5e-2", "--warmup-ratio", "0", *more]
+    assert main(words) == 0
+    return home / name
+
+
+@pytest.fixture(scope="module")
+def run(home: Path, qwen_v1: Path) -> Path:
+    return trained(home, qwen_v1 / "qwen_v1_tiny", "run")
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(input_ids=IDS).logits[0]
+
+
+def printed_commands(said: str) -> list[str]:
+    return [line.strip() for line in said.splitlines() if line.strip().startswith("cmqa ")]
+
+
+def follow(commands: list[str]) -> Path:
+    """Type what was printed; the folder that the last one wrote."""
+    for command in commands:
+        assert main(shlex.split(command)[1:]) == 0, command
+    words = shlex.split(commands[-1])
+    return Path(words[words.index("--out") + 1])
+
+
+def same_in_plain_peft(run: Path, out: Path) -> None:
+    ours = logits(open_run(run, device="cpu", dtype="float32").model)
+    plain = logits(AutoPeftModelForCausalLM.from_pretrained(out, dtype=torch.float32))
+    bare = logits(load_model(json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"])[0])
+    assert (plain - ours).abs().max() <= 1e-5 * ours.std()
+    assert (bare - ours).abs().max() > 1e-2 * ours.std()  # the adapter is alive
+
+
+def test_after_the_printed_commands_plain_peft_loads_it(home: Path, qwen_v1: Path, capsys: Any) -> None:
+    run = trained(home, qwen_v1 / "qwen_v1_tiny", "printed")
+    commands = printed_commands(capsys.readouterr().err)
+    assert [c.split()[:2] for c in commands] == [["cmqa", "convert"], ["cmqa", "adapter"]]
+    config = json.loads((run / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(qwen_v1 / "qwen_v1_tiny")
+    assert config["modules_to_save"] is None  # LoRA only, whatever the folder is called
+    card = (run / "README.md").read_text()
+    assert "cmqa convert BASE --out NATIVE" in card
+    assert str(home) not in card
+    same_in_plain_peft(run, follow(commands))
+
+
+@pytest.mark.slow
+def test_so_with_a_cut_base_and_trained_rows(home: Path, qwen_v1: Path, capsys: Any) -> None:
+    base = qwen_v1 / "qwen_v1_tiny_sharded"
+    rows = ("--trainable-tokens", "<|im_start|>", "<|im_end|>")
+    run = trained(home, base, "cut", "--num-hidden-layers", "2", *rows)
+    commands = printed_commands(capsys.readouterr().err)
+    assert commands[0].endswith("--num-hidden-layers 2")
+    out = follow(commands)
+    same_in_plain_peft(run, out)
+    assert "num_hidden_layers" not in json.loads((out / "fingerprint.json").read_text())  # its base is whole
+
+
+@pytest.mark.slow
+def test_every_verb(run: Path, home: Path, tmp_path: Path, qwen_v1: Path, capsys: Any, monkeypatch: Any) -> None:
+    asked = iter(["头痛怎么办？", "/base", "发烧怎么办？"])
+    monkeypatch.setattr("builtins.input", lambda _: next(asked, None) or (_ for _ in ()).throw(EOFError))
+    base = str(qwen_v1 / "qwen_v1_tiny")
+    assert main(["chat", str(run), "--model", base, *CPU, "--max-new-tokens", "4"]) == 0
+    asked = iter(["头痛怎么办？"])
+    assert main(["chat", "--model", base, *CPU, "--max-new-tokens", "4"]) == 0  # the base alone
+    assert main(["compare", str(run), "头痛怎么办？", *CPU, "--max-new-tokens", "4"]) == 0
+    few = ("--quick", "--generate-rows", "2", "--max-new-tokens", "8")
+    assert main(["eval", str(run), "--data", str(home / "data"), *few, *CPU, "--json"]) == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert report["metrics"]["nll"]["difference"] < 0
+    assert main(["merge", str(run), "--model", base, "--out", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
+    want = logits(open_run(run, device="cpu", dtype="float32").model)
+    assert (logits(load_model(tmp_path / "merged")[0]) - want).abs().max() <= 1e-5 * want.std()
