@@ -41,7 +41,7 @@ class PrepareArgs:
     """cMQA / cMedQA folder or zip, CSV, JSONL, Alpaca, ShareGPT, the seed's conversations JSON, a folder of such files,
     hf:owner/name, or a YAML file of several sources with weights."""
     out: str = ""
-    """Folder to write (with --format conversations a .json path is the file)."""
+    """Folder to write."""
     format: Literal["messages", "conversations"] = "messages"
     """conversations: also the seed's train.json."""
     limit: int | None = None
@@ -59,6 +59,10 @@ class PrepareArgs:
     allow_spun: bool = False
     licence: str = "unknown"
     """Goes into the data card and the model card."""
+    show: int = 0
+    """Print so many training rows as a model reads them, what is taught in green."""
+    model: str = "tiny"
+    """Whose tokenizer and template --show uses; the built-in one needs no download and has Qwen's turns."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,8 @@ def run_demo(args: DemoArgs) -> Result:
 def run_prepare(args: PrepareArgs) -> Result:
     from .data.prepare import prepare
 
-    return prepare(
+    tokenizer = _tokenizer(args.model) if args.show > 0 else None  # before the work: a wrong name is said at once
+    report = prepare(
         _needed("SRC", args.source),
         _needed("--out", args.out),
         seed=args.seed,
@@ -184,6 +189,17 @@ def run_prepare(args: PrepareArgs) -> Result:
         allow_spun=args.allow_spun,
         licence=args.licence,
     )
+    if tokenizer is None:
+        return report
+    from .data.show import shown
+
+    return report | {"shown": shown(args.out, tokenizer, args.show), "shown_by": args.model}
+
+
+def _tokenizer(model: str) -> Any:
+    from .models.load import load_tokenizer
+
+    return load_tokenizer(model)
 
 
 def run_plan(args: PlanArgs) -> Result:
@@ -326,6 +342,10 @@ def print_prepared(result: Result) -> None:
     from .data.prepare import print_summary
 
     print_summary(result)
+    if "shown" in result:
+        from .data.show import print_shown
+
+        print_shown(result["shown"], result["shown_by"])
 
 
 def print_planned(result: Result) -> None:

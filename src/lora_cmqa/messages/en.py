@@ -101,6 +101,8 @@ TEXT: dict[str, str] = {
     "data.kept": "kept",
     "data.rejected": "rejected",
     "data.repeated_rows": "repeated",
+    "data.show": "Training rows as {model} reads them; what stands in « » is taught.",
+    "data.show_row": "{id}: {tokens} tokens, {taught} of them taught",
     "data.before": "before",
     "data.after": "after",
     "data.summary": "{read} rows read, {kept} kept ({repaired} of them repaired), {rejected} rejected.",

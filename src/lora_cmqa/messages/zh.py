@@ -97,6 +97,8 @@ TEXT: dict[str, str] = {
     "data.kept": "保留",
     "data.rejected": "剔除",
     "data.repeated_rows": "重复",
+    "data.show": "{model} 读到的训练行；« » 内是要学的内容。",
+    "data.show_row": "{id}：{tokens} 个词元，其中 {taught} 个要学",
     "data.before": "之前",
     "data.after": "之后",
     "data.summary": "读取 {read} 行，保留 {kept} 行（其中修复 {repaired} 行），剔除 {rejected} 行。",

@@ -98,7 +98,7 @@ SETTINGS: dict[str, str] = {
         "cMQA / cMedQA 文件夹或压缩包、CSV、JSONL、Alpaca、ShareGPT、conversations 格式的 JSON、含上述文件的文件夹、"
         "hf:owner/name，或列出多个来源及权重的 YAML 文件。"
     ),
-    "prepare out": "要写入的文件夹（--format conversations 时也可以是 .json 文件）。",
+    "prepare out": "要写入的文件夹。",
     "prepare format": "conversations：另写一份原脚本用的 train.json。",
     "prepare limit": "最多取多少训练行。",
     "prepare seed": "划分的随机种子。",
@@ -108,6 +108,8 @@ SETTINGS: dict[str, str] = {
     "prepare against": "要检查是否与之重复的文件（例如评测集）。",
     "prepare drop_leaks": "舍弃与其他划分或 against 文件重复的训练行。",
     "prepare allow_spun": "即使数据像是机器改写的，也继续。",
+    "prepare show": "打印若干训练行在模型眼中的样子，要学的部分为绿色。",
+    "prepare model": "--show 使用哪个模型的分词器和模板；内置的 tiny 无需下载，对话格式与 Qwen 相同。",
     "prepare licence": "写入数据卡和模型卡的许可证。",
     # plan
     "gpu_memory": "如 24GiB；默认取 nvidia-smi 所见显卡的空闲显存，没有显卡则取本机空闲内存。",
