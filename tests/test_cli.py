@@ -21,6 +21,7 @@ FRONT_DOOR = {
         "prepare",
         "read_examples",
         "save_adapter",
+        "serve",
         "train",
         "train_steps",
     ),

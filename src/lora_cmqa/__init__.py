@@ -30,6 +30,7 @@ _FRONT_DOOR = {
     "evaluate": "evaluate.evaluation",
     "Chat": "engine.chat",
     "compare": "engine.chat",
+    "serve": "serve.server",
 }
 
 __all__ = sorted(_FRONT_DOOR)
@@ -48,7 +49,7 @@ def __dir__() -> list[str]:
 
 
 class _FrontDoor(types.ModuleType):
-    """`train` and `evaluate` are rooms and public functions: importing the room must not hide the function."""
+    """`train`, `evaluate` and `serve` are rooms and public functions: importing the room must not hide the function."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _FRONT_DOOR and isinstance(value, types.ModuleType)):

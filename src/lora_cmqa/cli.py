@@ -162,6 +162,40 @@ class AdapterRebaseArgs:
     """Depth that the base is cut to; default: what the run's fingerprint.json says."""
 
 
+@dataclass(frozen=True)
+class ServeArgs:
+    adapters: str | None = None
+    """Folder whose sub-folders are adapters, each served under its name."""
+    model: str | None = None
+    """Base; default: the one that the adapters name, else the embedded one."""
+    host: str = "127.0.0.1"
+    """Any other than loopback needs --api-keys."""
+    port: int = 8000
+    api_keys: str | None = None
+    """File of lines `user KEY` and `admin KEY`."""
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    max_batch: int = 32
+    """Requests computed at once; others wait."""
+    adapter_memory: str = "1GiB"
+    """Adapters kept in memory; least recently used out."""
+    prefix_memory: str = "256MiB"
+    """Beginnings of prompts kept computed; 0MiB keeps none."""
+    max_waiting: int = 64
+    """Requests that may wait; one more gets 429."""
+    max_prompt_tokens: int = 4096
+    max_new_tokens: int = 2048
+    """Longest answer that may be asked for."""
+    request_seconds: float = 300.0
+    """Time limit of one request."""
+    drain_seconds: float = 30.0
+    """After SIGTERM: what runs may take this long."""
+    notice: str | None = None
+    """Beside every answer, in place of the usual sentence."""
+    allow_other_base: bool = False
+    """Serve adapters whose fingerprint names another base; /v1/models says so."""
+
+
 # ---- what each verb does -----------------------------------------------------------------------------------------
 
 
@@ -325,6 +359,34 @@ def run_adapter_rebase(args: AdapterRebaseArgs) -> Result:
     return rebase(adapter, model, out, num_hidden_layers=args.num_hidden_layers)
 
 
+def run_serve(args: ServeArgs) -> Result:
+    from .config import bytes_of
+    from .serve.server import serve
+    from .serve.service import Limits
+
+    return serve(
+        args.adapters,
+        model=args.model,
+        host=args.host,
+        port=args.port,
+        api_keys=args.api_keys,
+        device=args.device,
+        dtype=args.dtype,
+        max_batch=args.max_batch,
+        adapter_memory=bytes_of(args.adapter_memory, "adapter-memory"),
+        prefix_memory=bytes_of(args.prefix_memory, "prefix-memory"),
+        limits=Limits(
+            prompt_tokens=args.max_prompt_tokens,
+            new_tokens=args.max_new_tokens,
+            waiting=args.max_waiting,
+            seconds=args.request_seconds,
+        ),
+        notice=args.notice,
+        allow_other_base=args.allow_other_base,
+        drain_seconds=args.drain_seconds,
+    )
+
+
 def _needed(name: str, value: str | None) -> str:
     if not value:
         raise ConfigError(f"{name} is missing", hint="See --help.")
@@ -394,6 +456,7 @@ VERBS: dict[str, Verb] = {
     "chat": Verb(ChatArgs, run_chat, print_nothing, ("run",), "cmqa chat RUN"),
     "compare": Verb(CompareArgs, run_compare, print_answers, ("run", "questions"), 'cmqa compare RUN "..."'),
     "merge": Verb(MergeArgs, run_merge, print_json, ("run",), "cmqa merge RUN --out DIR"),
+    "serve": Verb(ServeArgs, run_serve, print_nothing, usage="cmqa serve [--model M] --adapters DIR [--port 8000]"),
     "convert": Verb(ConvertArgs, run_convert, print_json, ("source",), "cmqa convert QWEN_V1 --out DIR"),
     "adapter import": Verb(
         AdapterImportArgs,

@@ -91,10 +91,14 @@ def test_what_the_fast_way_has_no_words_for_takes_the_plain_one():
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["tiny", "tiny-gemma3"])
 def test_an_answer_does_not_depend_on_what_else_is_asked(serving, kind, dtype):
-    alone = [serving(kind, dtype).generate([r])[0] for r in CROWD]
-    engine = serving(kind, dtype)
+    engine = serving(kind, dtype, prefix_memory=0)
+    alone = [engine.generate([r])[0] for r in CROWD]
     together = engine.generate([*CROWD, *(asks(x, 50 + i, 3 + i) for i, x in enumerate("abcd" * 5))])
-    assert [bits(c) for c in together[: len(CROWD)]] == [bits(c) for c in alone]
+    for request, one, other in zip(CROWD, together[: len(CROWD)], alone, strict=True):
+        if dtype == "float32" or request.adapter is None:
+            assert bits(one) == bits(other)
+        else:  # stacked 16-bit products: the same bits on the processors seen, not promised on all (decision 0007)
+            assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=0.05)
 
 
 def test_base_rows_beside_adapters_are_the_base_bit_for_bit(serving):
@@ -121,7 +125,7 @@ def test_late_comers_change_nothing(serving):
 def test_the_rows_a_step_is_padded_to_are_measured():
     weight = torch.randn(48, 64)
     assert steady_rows([weight], MOST_ROWS) in (8, 16, 24, 32)
-    assert steady_stack_rows([weight], MOST_ROWS) in (1, 8, 16, 24, 32)
+    assert steady_stack_rows([weight], MOST_ROWS) in (8, 16, 24, 32)
     forward = BatchForward(load_model("tiny")[0])
     assert forward.least_rows in (8, 16, 24, 32)
 
@@ -139,7 +143,8 @@ def test_case_26_one_prefix_asked_of_a_b_a_and_the_base_is_computed_as_cold(serv
     warm = serving("tiny-gemma3", dtype)
     answers = [warm.generate([r])[0] for r in requests]
     assert warm.prefixes.hits == 6  # two chunks each for the second a, b and base
-    cold = [serving("tiny-gemma3", dtype, prefix_memory=0).generate([r])[0] for r in requests]
+    without = serving("tiny-gemma3", dtype, prefix_memory=0)
+    cold = [without.generate([r])[0] for r in requests]
     assert [bits(c) for c in answers] == [bits(c) for c in cold]
 
 

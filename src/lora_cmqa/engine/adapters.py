@@ -13,6 +13,7 @@ Projections that read the same input share one A (its rows below each other) and
 from __future__ import annotations
 
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -82,40 +83,61 @@ def prepare_plain(digest: str, pairs: LowRank, dtype: torch.dtype, device: torch
 
 
 class AdapterStore:
-    """Prepared adapters by name, within `budget` bytes; those that answer now are never put out."""
+    """Prepared adapters by name, within `budget` bytes; those that answer now stay. Any thread may call."""
 
     def __init__(self, load: Callable[[str], Prepared], budget: int) -> None:
         self.budget, self.nbytes, self.loads = budget, 0, 0
         self._load = load
         self._here: OrderedDict[str, Prepared] = OrderedDict()
         self._users: dict[str, int] = {}
+        self._unwanted: set[str] = set()  # forgotten while they still answer
+        self._lock = threading.RLock()
 
     def acquire(self, name: str) -> Prepared:
         """Loaded when it is not here; `release` it once for each time. Raises what `load` raises."""
-        adapter = self._here.get(name)
-        if adapter is None:
-            adapter = self._load(name)
-            self._here[name] = adapter
-            self.nbytes += adapter.nbytes
-            self.loads += 1
+        with self._lock:
+            adapter = self._here.get(name)
+            if adapter is not None:
+                return self._use(name, adapter)
+        new = self._load(name)  # without the lock: who answers now does not wait for a disk
+        with self._lock:
+            if name not in self._here:
+                self._here[name] = new
+                self.nbytes += new.nbytes
+                self.loads += 1
+            return self._use(name, self._here[name])
+
+    def _use(self, name: str, adapter: Prepared) -> Prepared:
         self._here.move_to_end(name)
         self._users[name] = self._users.get(name, 0) + 1
+        self._unwanted.discard(name)
         self._shrink()
         return adapter
 
     def release(self, name: str) -> None:
-        self._users[name] -= 1
-        if not self._users[name]:
-            del self._users[name]
-        self._shrink()
+        with self._lock:
+            self._users[name] -= 1
+            if not self._users[name]:
+                del self._users[name]
+                if name in self._unwanted:
+                    self.forget(name)
+            self._shrink()
 
     def forget(self, name: str) -> int:
-        """Bytes given back now; 0 where it is not here or still answers (then `release` lets it go by age)."""
-        if name in self._users or name not in self._here:
-            return 0
-        size = self._here.pop(name).nbytes
-        self.nbytes -= size
-        return size
+        """Bytes given back now; 0 where it is not here, or still answers and goes when it has answered."""
+        with self._lock:
+            if name not in self._here:
+                return 0
+            if name in self._users:
+                self._unwanted.add(name)
+                return 0
+            self._unwanted.discard(name)
+            size = self._here.pop(name).nbytes
+            self.nbytes -= size
+            return size
+
+    def users(self, name: str) -> int:
+        return self._users.get(name, 0)
 
     def holds(self, name: str) -> bool:
         return name in self._here
@@ -124,7 +146,8 @@ class AdapterStore:
         for name in list(self._here):
             if self.nbytes <= self.budget:
                 return
-            self.forget(name)
+            if name not in self._users:
+                self.forget(name)
 
 
 class Stack:
@@ -161,9 +184,14 @@ class Stack:
         return list(self._members)
 
     def get(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [members, k r, in] and B [members, k r, out]."""
+        """A [places, k r, in] and B [places, k r, out]; a lone member has an idle place beside it."""
         a, b = self._tensors[key]
-        return a[: len(self._members)], b[: len(self._members)]
+        return a[: self.places], b[: self.places]
+
+    @property
+    def places(self) -> int:
+        """At least 2: a stack of one rounds otherwise."""
+        return max(2, len(self._members))
 
     def changes(self, key: Key) -> bool:
         return any(key in m.parts for m in self._members)

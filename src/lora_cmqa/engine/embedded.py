@@ -12,8 +12,10 @@ models that the fast one does not know.
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -99,7 +101,7 @@ class EmbeddedEngine:
         self._waiting: deque[Sequence_] = deque()
         self._running: list[Sequence_] = []
         self._free_slots = list(range(max_batch))
-        self._lock = threading.Lock()
+        self._lock, self._stepping, self._guests = threading.RLock(), threading.RLock(), 0
         self._own: tuple[Prepared, LowRank] | None = None  # the PeftModel's adapter as it was last seen
         self._own_count = 0
 
@@ -171,11 +173,56 @@ class EmbeddedEngine:
     @property
     def load(self) -> tuple[int, int]:
         """(requests that are computed, requests that wait)"""
-        return len(self._running), len(self._waiting) + len(self._incoming)
+        wanted = [sum(not s.cancelled for s in list(some)) for some in (self._running, self._waiting, self._incoming)]
+        return wanted[0], wanted[1] + wanted[2]
 
-    @torch.inference_mode()
+    def fail_all(self, error: Exception) -> None:
+        """Every request that is here ends with `error`."""
+        with self._between_steps():
+            with self._lock:
+                self._waiting += self._incoming
+                self._incoming.clear()
+            for s in (*self._running, *self._waiting):
+                self._end(s, "error", error=error)
+
+    def forget(self, name: str) -> int:
+        """Bytes given back now by an adapter and what it computed; the rest when its requests have ended."""
+        with self._between_steps():
+            freed = self.adapters.forget(name) + self.prefixes.drop(name)
+            if not self._running:
+                self.forward.trim()
+            return freed
+
+    def last_logits(self, ids: Sequence[int], adapter: LowRank | None = None) -> torch.Tensor:
+        """Logits after `ids` (fewer than a chunk), float32 [vocabulary], on the CPU; any thread, between two steps."""
+        with self._between_steps():
+            slot = self.max_batch  # no request's
+            self.forward.reserve(slot, len(ids))
+            prepared = self.forward.prepare("", adapter) if adapter else None
+            logits = self.forward.logits(self.forward.prefill(slot, 0, ids, prepared))
+            self.forward.free(slot)
+            return logits[0].float().cpu()
+
     def step(self) -> bool:
         """One step for everything that is here; False when nothing is."""
+        while self._guests:  # a lock alone would be taken again before anyone who waits for it wakes up
+            time.sleep(0.0002)
+        with self._stepping, torch.inference_mode():
+            return self._step()
+
+    @contextlib.contextmanager
+    def _between_steps(self) -> Iterator[None]:
+        """The engine to oneself, from any thread but the one that steps."""
+        with self._lock:
+            self._guests += 1
+        try:
+            with self._stepping, torch.inference_mode():
+                yield
+        finally:
+            with self._lock:
+                self._guests -= 1
+
+    def _step(self) -> bool:
         with self._lock:
             self._waiting += self._incoming
             self._incoming.clear()
@@ -232,7 +279,8 @@ class EmbeddedEngine:
                 hidden = self.forward.prefill(s.slot, s.cached, s.ids[s.cached : stop], s.adapter)
                 place = s.cached // self.forward.chunk
                 if place < len(s.keys):
-                    self.prefixes.put(s.keys[place], self.forward.save_chunk(s.slot, s.cached, stop))
+                    owner = s.adapter.digest if s.adapter else None
+                    self.prefixes.put(s.keys[place], owner, self.forward.save_chunk(s.slot, s.cached, stop))
                 left -= stop - s.cached
                 s.cached = stop
                 if not s.prompt_left:
@@ -249,7 +297,7 @@ class EmbeddedEngine:
             self._take(s, token, logits[row])
 
     def _take(self, s: Sequence_, token: int, logits: torch.Tensor) -> None:
-        if token in self.stop_ids:
+        if token in self.stop_ids or token in s.request.sampling.stop_ids:
             self._end(s, "stop", text=s.text.finish())
             return
         logprob = None

@@ -71,6 +71,9 @@ class Forward(Protocol):
 
     def free(self, slot: int) -> None: ...
 
+    def trim(self) -> None:
+        """Give back what only running requests need; called when none runs."""
+
 
 class Head:
     """Hidden states -> logits. The head's weight gets a contiguous 2-D tensor: a sliced 3-D one under a frozen weight
@@ -181,23 +184,25 @@ class BatchForward:
             here.setdefault(adapter.digest, []).append(first + i)
         members = [m.digest for m in stack.arrange(list({a.digest: a for a in adapters}.values()))]
         most = max(len(places) for places in here.values())
-        height = _padded(most, self._least_for(rank))
+        height = max(_padded(most, _TILE), self._least_for(rank))
         flat = [p for m in members for p in here[m]]
-        if flat == list(range(first, stop)) and all(len(here[m]) == height for m in members):
+        even = len(members) == stack.places and all(len(here[m]) == height for m in members)
+        if even and flat == list(range(first, stop)):
             return _Group(stack, first, stop, None, None)
         gather = [p for m in members for p in here[m] + [here[m][0]] * (height - len(here[m]))]
+        gather += [first] * (height * (stack.places - len(members)))
         where = {p: i * height + j for i, m in enumerate(members) for j, p in enumerate(here[m])}
         scatter = [where[p] for p in range(first, stop)]
         return _Group(stack, first, stop, self._index(gather), self._index(scatter))
 
     def _least_for(self, rank: int) -> int:
-        """Rows of one adapter from which on a stacked product's rounding is steady; 1 where it always is."""
+        """Rows of one adapter, measured for A and B of each kind of projection."""
         if rank not in self._least_of_rank:
-            block = self.body.blocks[0]
-            a = self.body.norm.weight.new_empty(len(JOINED["qkv"]) * rank, block.qkv.weight.shape[1]).normal_()
-            b = self.body.norm.weight.new_empty(len(block.qkv.weight), len(JOINED["qkv"]) * rank).normal_()
-            d = self.body.norm.weight.new_empty(rank, block.down.weight.shape[1]).normal_()
-            self._least_of_rank[rank] = steady_stack_rows([a, b, d], MOST_ROWS)
+            like, matrices = self.body.norm.weight, []
+            for name in JOINED:
+                projection, k = getattr(self.body.blocks[0], name), len(JOINED[name]) * rank
+                matrices += [like.new_empty(k, projection.weight.shape[1]), like.new_empty(len(projection.weight), k)]
+            self._least_of_rank[rank] = steady_stack_rows([m.normal_() for m in matrices], MOST_ROWS)
         return self._least_of_rank[rank]
 
     # ---- the cache -------------------------------------------------------------------------------------------------
@@ -235,6 +240,9 @@ class BatchForward:
         for store, part in zip((self._keys, self._values), content, strict=True):
             for x, layer in zip(store, part, strict=True):
                 x[slot, :, start : start + layer.shape[1]] = layer
+
+    def trim(self) -> None:
+        self._stacks.clear()
 
     # ---- prefill -----------------------------------------------------------------------------------------------
 
@@ -449,11 +457,19 @@ def steady_rows(weights: Iterable[torch.Tensor], most: int) -> int:
     return _steady(products, list(range(_TILE, most + 1, _TILE)))
 
 
+@torch.inference_mode()
 def steady_stack_rows(matrices: Iterable[torch.Tensor], most: int) -> int:
-    """The same for a stacked product with each of `matrices` [out, in]: 1, or a multiple of 8."""
-    products = [(lambda x, w=w: torch.bmm(x[None], w.mT[None])[0], w.shape[1], w) for w in matrices]
-    few = _steady(products, [1, 2, 3, 5, *range(_TILE, most + 1, _TILE)])
-    return few if few in (1, *range(_TILE, most + 1, _TILE)) else _TILE
+    """The same for stacked products: rows of each adapter, whichever and however many adapters stand beside it."""
+    generator, least = torch.Generator().manual_seed(0), _TILE
+    for w in matrices:
+        x = torch.randn(most, w.shape[1], generator=generator).to(w.device, w.dtype)
+        whole = torch.bmm(x.expand(2, -1, -1).clone(), w.mT.expand(2, -1, -1).clone())[0]
+        for size in range(most, least - 1, -_TILE):
+            few = [torch.bmm(x[:size].expand(g, -1, -1).clone(), w.mT.expand(g, -1, -1).clone())[0] for g in (2, 3, 8)]
+            if not all(torch.equal(y, whole[:size]) for y in few):
+                least = min(most, size + _TILE)
+                break
+    return least
 
 
 @torch.inference_mode()

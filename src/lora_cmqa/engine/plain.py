@@ -43,6 +43,9 @@ class PlainForward:
     def free(self, slot: int) -> None:
         self._caches.pop(slot, None)
 
+    def trim(self) -> None:
+        """Nothing is kept."""
+
     def prefill(self, slot: int, start: int, ids: Sequence[int], adapter: Prepared | None) -> torch.Tensor:
         if start == 0:
             self._caches[slot] = DynamicCache(config=self._body.config)

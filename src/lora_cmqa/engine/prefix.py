@@ -24,7 +24,7 @@ class PrefixCache:
     def __init__(self, budget: int, chunk: int) -> None:
         self.budget, self.chunk, self.nbytes = budget, chunk, 0
         self.hits = self.misses = 0  # chunks found and chunks computed
-        self._chunks: OrderedDict[bytes, torch.Tensor] = OrderedDict()
+        self._chunks: OrderedDict[bytes, tuple[str | None, torch.Tensor]] = OrderedDict()
 
     def keys(self, adapter: str | None, ids: Sequence[int]) -> list[bytes]:
         """One key for each whole chunk of `ids` but the last token, whose logits are always wanted."""
@@ -42,21 +42,27 @@ class PrefixCache:
             if key not in self._chunks:
                 break
             self._chunks.move_to_end(key)
-            found.append(self._chunks[key])
+            found.append(self._chunks[key][1])
         self.hits += len(found)
         return found
 
-    def put(self, key: bytes, content: torch.Tensor) -> None:
-        size = content.numel() * content.element_size()
+    def put(self, key: bytes, adapter: str | None, content: torch.Tensor) -> None:
+        size = _size(content)
         if key in self._chunks or size > self.budget:
             return
-        self._chunks[key] = content
+        self._chunks[key] = adapter, content
         self.nbytes += size
         self.misses += 1
         while self.nbytes > self.budget:
-            _, old = self._chunks.popitem(last=False)
-            self.nbytes -= old.numel() * old.element_size()
+            self.nbytes -= _size(self._chunks.popitem(last=False)[1][1])
 
-    def clear(self) -> None:
-        self._chunks.clear()
-        self.nbytes = 0
+    def drop(self, adapter: str) -> int:
+        """Bytes given back by forgetting all that an adapter computed."""
+        before = self.nbytes
+        for key in [k for k, (owner, _) in self._chunks.items() if owner == adapter]:
+            self.nbytes -= _size(self._chunks.pop(key)[1])
+        return before - self.nbytes
+
+
+def _size(content: torch.Tensor) -> int:
+    return content.numel() * content.element_size()

@@ -28,6 +28,7 @@ class SamplingParams:
     repetition_penalty: float = 1.0  # > 1 makes every token already seen less likely (arXiv 1909.05858, section 4.1)
     seed: int = 0
     stop: tuple[str, ...] = ()  # the answer ends before the first of these
+    stop_ids: tuple[int, ...] = ()  # end the answer, besides the engine's own
     logprobs: int | None = None  # report each token's log probability and so many likeliest others
 
     def __post_init__(self) -> None:

@@ -13,10 +13,25 @@ TEXT: dict[str, str] = {
     "cli.chat": "Talk to the adapter; /base and /reset inside.",
     "cli.compare": "Base and adapter side by side on your question.",
     "cli.merge": "Adapter into the base's weights, with a certificate.",
+    "cli.serve": "Adapters behind an OpenAI-compatible API, on this machine.",
     "cli.convert": "A Qwen v1 checkpoint into a native one.",
     "cli.adapter_import": "An adapter of the Qwen v1 time into today's layout.",
     "cli.adapter_rebase": "The same adapter, named for the base's new place.",
     "cli.trained": "The adapter is in {run}.",
+    # serve
+    "serve.notice": ("Written by a machine learning model. It is no medical advice and no prescription; see a doctor."),
+    "serve.emergency": (
+        "This may be an emergency. Call your local emergency number now (120 in China, 112 in Europe, "
+        "911 in North America) or go to the nearest emergency department. Do not wait for an answer here."
+    ),
+    "serve.crisis": (
+        "You do not have to get through this alone. Talk to someone now: a crisis line (12356 in China, "
+        "988 in North America), someone you trust, or the emergency number if there is immediate danger."
+    ),
+    "serve.ready": (
+        "{base} and {adapters} adapters on http://{host}:{port}  (Ctrl-C or SIGTERM ends it when all answers are whole)"
+    ),
+    "serve.plain": "The plain path answers, slower, with the same result: {reason}.",
     # chat
     "chat.base": "base",
     "chat.adapter": "adapter",

@@ -13,10 +13,23 @@ TEXT: dict[str, str] = {
     "cli.chat": "与适配器对话；可用 /base 和 /reset。",
     "cli.compare": "同一问题，基座与适配器的回答并排显示。",
     "cli.merge": "把适配器并入基座权重，并出具证书。",
+    "cli.serve": "在本机以 OpenAI 兼容接口提供适配器服务。",
     "cli.convert": "把 Qwen v1 检查点转为原生格式。",
     "cli.adapter_import": "把 Qwen v1 时代的适配器转为今天的格式。",
     "cli.adapter_rebase": "同一适配器，改记基座的新位置。",
     "cli.trained": "适配器已保存在 {run}。",
+    # serve
+    "serve.notice": "以上内容由人工智能模型生成，不构成医疗建议，也不是处方；请咨询医生。",
+    "serve.emergency": (
+        "这可能是急症。请立即拨打当地急救电话（中国大陆 120），或马上前往最近医院的急诊科，不要在这里等待回答。"
+    ),
+    "serve.crisis": (
+        "您不必独自面对。请现在就和人谈谈：拨打心理援助热线 12356，联系信任的人；如有紧急危险，请拨打 120 或 110。"
+    ),
+    "serve.ready": (
+        "{base} 和 {adapters} 个适配器：http://{host}:{port}（按 Ctrl-C 或发送 SIGTERM，待全部回答结束后退出）"
+    ),
+    "serve.plain": "以普通路径作答，较慢，结果相同：{reason}。",
     # chat
     "chat.base": "基座",
     "chat.adapter": "适配器",

@@ -1,0 +1,1 @@
+"""Adapters by name behind an OpenAI-compatible API."""
