@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lora_cmqa.data.clean import RULES
 from lora_cmqa.data.personal import find_personal_data
 from lora_cmqa.data.prepare import load_split, prepare
-from lora_cmqa.data.sources import write_messages
+from lora_cmqa.data.sources import read_examples, write_messages
 from lora_cmqa.errors import DataError, ResourceError
 
 from .conftest import cmqa, dirty_text, planted, row
@@ -22,8 +22,7 @@ def test_mini_names_every_full_stop_between_digits(mini_report):
     stops = mini_report[0]["digit_stops"]
     assert (stops["questions"]["rows"], stops["questions"]["points"]) == (178, 360)
     assert (stops["answers"]["rows"], stops["answers"]["points"]) == (77, 165)
-    assert 0 < stops["questions"]["kept"] < 60
-    assert 0 < stops["answers"]["kept"] < 30
+    assert (stops["questions"]["kept"], stops["answers"]["kept"]) == (29, 6)  # lists, dates, dilutions
 
 
 def test_mini_every_row_is_accounted_for(mini_report):
@@ -64,11 +63,15 @@ def test_prepare_is_idempotent_on_any_rows(pairs, seed):
 def test_cepilepsyqa_leaks_and_hotlines(cepilepsyqa, tmp_path):
     report = prepare(cepilepsyqa, tmp_path / "raw", no_clean=RULES)
     found = report["leaks"]["test_train"]
-    assert 52 <= found["questions"] <= 62
-    assert 67 <= found["answers"] <= 77
+    assert (found["questions"], found["of_questions"]) == (59, 490)  # by a plain loop over all pairs too
+    assert (found["answers"], found["of_answers"]) == (71, 490)
     cleaned = prepare(cepilepsyqa, tmp_path / "cleaned", drop_leaks=True)
-    assert cleaned["reasons"]["advert"] >= 67
-    assert "400-045-6799" not in (tmp_path / "cleaned" / "train.jsonl").read_text(encoding="utf-8")
+    hotline = {e.id for e in read_examples(cepilepsyqa) if "400-045-6799" in e.answer}
+    out = [json.loads(line) for line in (tmp_path / "cleaned" / "rejects.jsonl").open(encoding="utf-8")]
+    assert len(hotline) == 65
+    assert hotline <= {r["id"] for r in out if r["reason"] == "advert"}
+    for s in ("train", "dev", "test"):
+        assert not [e for e in load_split(tmp_path / "cleaned", s) if find_personal_data(e.question + e.answer)]
     assert cleaned["leaks"]["test_train"]["questions"] == cleaned["leaks"]["test_train"]["answers"] == 0
 
 

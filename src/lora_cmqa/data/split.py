@@ -25,7 +25,7 @@ _PERMUTATIONS, _BANDS = 128, 32  # 4 rows a band: at Jaccard 0.7 a pair is misse
 
 @dataclass(frozen=True, slots=True)
 class Leaks:
-    """Distinct questions and answers of one split that have a near-duplicate in another."""
+    """Distinct questions, and answers by row, of one split that have a near-duplicate in another."""
 
     questions: int
     of_questions: int
@@ -152,21 +152,23 @@ def _digests(texts: Sequence[str]) -> np.ndarray:
 def leaks(one: Sequence[Example], other: Sequence[Example], alike: Alike | None = None) -> Leaks:
     """How many questions and answers of `one` have a near-duplicate (or an equal) in `other`."""
     alike = alike or find_alike([*one, *other])
-    counts = []
-    for kind, pairs in alike.items():
-        mine = {getattr(e, kind) for e in one}
-        counts += [len(_standing_in(mine, {getattr(e, kind) for e in other}, pairs)), len(mine)]
-    return Leaks(*counts)
+    hit = _hits(one, other, alike)
+    of_answers = [e.answer in hit["answer"] for e in one]
+    return Leaks(len(hit["question"]), len({e.question for e in one}), sum(of_answers), len(of_answers))
 
 
 def leaking(one: Sequence[Example], other: Sequence[Example], alike: Alike | None = None) -> list[bool]:
     """Of each example of `one`: has its question or its answer a near-duplicate in `other`?"""
     alike = alike or find_alike([*one, *other])
-    hit = {
+    hit = _hits(one, other, alike)
+    return [e.question in hit["question"] or e.answer in hit["answer"] for e in one]
+
+
+def _hits(one: Sequence[Example], other: Sequence[Example], alike: Alike) -> dict[str, set[str]]:
+    return {
         kind: _standing_in({getattr(e, kind) for e in one}, {getattr(e, kind) for e in other}, pairs)
         for kind, pairs in alike.items()
     }
-    return [e.question in hit["question"] or e.answer in hit["answer"] for e in one]
 
 
 def _standing_in(mine: set[str], theirs: set[str], pairs: Sequence[tuple[str, str]]) -> set[str]:
