@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora_cmqa.data.prepare import load_split, prepare
+from lora_cmqa.data.prepare import load_split, prepare, print_summary
 from lora_cmqa.data.sources import (
     read_conversations,
     read_examples,
@@ -187,7 +187,7 @@ def departments(folder: Path) -> Path:
     return folder
 
 
-def test_a_folder_of_files_of_any_form(tmp_path):
+def test_a_folder_of_files_of_any_form(tmp_path, capsys):
     folder = departments(tmp_path / "d")
     source = read_source(folder)
     assert [(e.id, e.source, e.question) for e in source.examples] == [
@@ -196,8 +196,13 @@ def test_a_folder_of_files_of_any_form(tmp_path):
         ("外科.jsonl:7", "外科.jsonl", "脚扭了"),
     ]
     assert source.ignored == ["README.md"]
+    (folder / "notes.txt").write_text("x")
     report = prepare(folder, tmp_path / "o", dev=0, test=0)
-    assert report["sources"][0]["ignored_files"] == ["README.md"]
+    assert report["sources"][0]["ignored_files"] == ["README.md", "notes.txt"]
+    print_summary(report)
+    said = capsys.readouterr().out
+    assert "notes.txt" in said
+    assert "README" not in said
     assert set(json.loads((tmp_path / "o" / "data_card.json").read_bytes())["inputs"]) == set(source.files)
 
 

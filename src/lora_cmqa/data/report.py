@@ -21,6 +21,9 @@ STYLE = (
 PLOTLY = {"showSendToCloud": False, "plotlyServerURL": "", "displaylogo": False, "responsive": True}
 
 
+_USUAL = ("README", "LICENSE", "LICENCE")  # beside any data; report.json names them too
+
+
 def as_html(report: Mapping[str, Any]) -> str:
     """The page of a report.json, in the process's language: the same report gives the same bytes."""
     title = say("data.report", source=report["source"])
@@ -52,7 +55,7 @@ def summary(report: Mapping[str, Any]) -> list[str]:
     lines += [say("data.flag", name=name, rows=len(ids)) for name, ids in report["flags"].items() if ids]
     if report["outliers"]["rows"]:
         lines.append(say("data.outliers", rows=report["outliers"]["rows"]))
-    ignored = [name for s in report["sources"] for name in s["ignored_files"]]
+    ignored = [n for s in report["sources"] for n in s["ignored_files"] if not n.upper().startswith(_USUAL)]
     if ignored:
         lines.append(say("data.ignored", files=say("data.and").join(ignored[:8]) + (" …" if len(ignored) > 8 else "")))
     return lines
