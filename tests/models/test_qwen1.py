@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,10 +14,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from lora_cmqa.core import Message
+from lora_cmqa.data.template import ChatTemplate
+from lora_cmqa.engine.base import Request
+from lora_cmqa.engine.embedded import EmbeddedEngine
+from lora_cmqa.engine.sampling import SamplingParams
 from lora_cmqa.errors import ModelError
 from lora_cmqa.models import qwen1
-from lora_cmqa.models.load import load_model
-from lora_cmqa.models.sizes import QWEN1_EARLY_KEYS
+from lora_cmqa.models.load import chat_format, load_model
+from lora_cmqa.models.sizes import QWEN1_EARLY_KEYS, shape_of
 
 SETS = {"qwen_v1_tiny": "reference", "qwen_v1_tiny_sharded": "reference_sharded"}
 TOLERANCE = 1e-4  # fp32 logits of standard deviation 1.4; a float64 run differs by 7e-6
@@ -80,6 +87,53 @@ def test_logits_and_greedy_tokens_of_every_prompt(original):
             assert out[0, ids.shape[1] :].tolist() == prompt[key]
     print(f"largest logit difference {worst:.1e}")
     assert worst <= TOLERANCE
+
+
+def test_states_of_every_layer_and_the_loss(original):
+    model, _, reference, arrays, _ = original
+    for i, prompt in enumerate(reference["prompts"]):
+        ids = torch.tensor([prompt["ids"]])
+        with torch.no_grad():
+            out = model(ids, labels=ids, output_hidden_states=i == 0)
+        assert float(out.loss) == pytest.approx(prompt["lm_loss"], abs=1e-5, nan_ok=True)  # of one token there is none
+        if i == 0:
+            ours = torch.stack(out.hidden_states)[:, 0].numpy()
+            assert ours.shape == arrays["p0.layers"].shape
+            assert np.abs(ours[:-1] - arrays["p0.layers"][:-1]).max() <= TOLERANCE
+            assert np.abs(ours[-1] - arrays["p0.hidden"]).max() <= TOLERANCE
+
+
+def test_a_chat_is_rendered_and_answered_as_make_context_did(original):
+    model, tokenizer, reference, arrays, _ = original
+    template = ChatTemplate.from_tokenizer(tokenizer)
+    for i, chat in enumerate(reference["make_context"]):
+        turns = [Message("system", chat["system"])]
+        for question, answer in chat["history"]:
+            turns += [Message("user", question), Message("assistant", answer)]
+        ids = template.encode_prompt([*turns, Message("user", chat["query"])])
+        assert ids == chat["ids"]
+        assert difference(arrays, f"ctx{i}", logits(model, ids)[0]) <= TOLERANCE
+
+
+def test_our_engine_writes_the_originals_tokens(original):
+    """Greedy, plain and with repetition_penalty 1.1: all prompts and chats in one batch."""
+    model, tokenizer, reference, _, _ = original
+    cases = [(p["ids"], p["greedy16"], 1.0) for p in reference["prompts"]]
+    cases += [(p["ids"], p["greedy16_rp1.1"], 1.1) for p in reference["prompts"]]
+    cases += [(c["ids"], c["greedy16"], 1.0) for c in reference["make_context"] if "greedy16" in c]
+    asked = [Request(tuple(i), SamplingParams(max_new_tokens=16, repetition_penalty=p)) for i, _, p in cases]
+    for plain in (False, True):
+        engine = EmbeddedEngine(model, tokenizer, (), plain=plain)
+        for (_, want, _), answer in zip(cases, engine.generate(asked), strict=True):
+            assert list(answer.token_ids) == want
+
+
+def test_left_padded_rows_go_on_as_the_originals_did(original):
+    model, _, reference, _, _ = original
+    batch = reference["batch_left_padded"]
+    ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
+    out = model.generate(ids, attention_mask=mask, do_sample=False, repetition_penalty=1.0, max_new_tokens=16)
+    assert out[:, ids.shape[1] :].tolist() == batch["greedy16"]
 
 
 def test_padded_rows_count_by_their_own_length(original):
@@ -220,11 +274,54 @@ def test_early_config_keys_are_mapped(tmp_path):
     assert (v1.hidden, v1.layers, v1.ffn, v1.vocab, v1.max_positions) == (4096, 32, 11008, 151936, 32768)
 
 
+def test_a_config_of_august_2023(tmp_path):
+    """Its keys as they were published, vocab_size the tokenizer's; and one that contradicts itself."""
+    early = {
+        "model_type": "qwen",
+        "n_embd": 4096,
+        "n_head": 32,
+        "n_layer": 32,
+        "n_positions": 8192,
+        "n_inner": None,
+        "ffn_hidden_size": 22016,
+        "padded_vocab_size": 151936,
+        "vocab_size": 151851,
+        "kv_channels": 128,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.1,
+        "no_bias": True,
+        "layer_norm_epsilon": 1e-6,
+        "pos_emb": "rotary",
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": 2048,
+        "use_dynamic_ntk": True,
+        "use_logn_attn": True,
+        "params_dtype": "torch.bfloat16",
+        "apply_residual_connection_post_layernorm": False,
+        "onnx_safe": None,
+        "bias_dropout_fusion": True,
+    }
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(early))
+    v1 = qwen1.read_config(tmp_path)
+    assert (v1.hidden, v1.layers, v1.ffn, v1.vocab, v1.seq_length) == (4096, 32, 11008, 151936, 2048)
+    assert shape_of(tmp_path).vocab == 151936
+    file.write_text(json.dumps(early | {"num_hidden_layers": 16}))
+    with pytest.raises(ModelError, match="32, but num_hidden_layers is 16") as caught:
+        qwen1.read_config(tmp_path)
+    assert caught.value.field == "n_layer"
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
         ({"no_bias": False}, "no_bias"),
         ({"rotary_pct": 0.5}, "rotary_pct"),
+        ({"pos_emb": "alibi"}, "pos_emb"),
+        ({"apply_residual_connection_post_layernorm": True}, "apply_residual"),
         ({"kv_channels": 64}, "kv_channels"),
         ({"seq_length": None}, "seq_length"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
@@ -295,6 +392,75 @@ def test_bin_shards_are_read_as_tensors_only(small):
     with pytest.raises(ModelError, match="not a file of tensors"):
         qwen1.load(folder, torch.float32)
     assert not (folder / "canary").exists()
+
+
+def bin_name(name: str) -> str:
+    return name.replace("model-", "pytorch_model-").replace("safetensors", "bin")
+
+
+def test_bin_shards_and_their_index(qwen_v1, tmp_path):
+    source, folder = qwen_v1 / "qwen_v1_tiny_sharded", tmp_path / "v1"
+    folder.mkdir()
+    shutil.copyfile(source / "config.json", folder / "config.json")
+    index = json.loads((source / "model.safetensors.index.json").read_text())
+    for file in qwen1.weight_files(source):
+        torch.save(load_file(file), folder / bin_name(file.name))
+    named = {k: bin_name(v) for k, v in index["weight_map"].items()}
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": named}))
+    want = qwen1.load(source, torch.bfloat16).state_dict()
+    assert all(torch.equal(t, want[n]) for n, t in qwen1.load(folder, torch.bfloat16).state_dict().items())
+    (folder / "pytorch_model-00001-of-00003.bin").unlink()
+    with pytest.raises(ModelError, match="1 of 3 weight files are missing: pytorch_model-00001"):
+        qwen1.load(folder, torch.float32)
+
+
+MEASURE = """
+import sys, torch
+from pathlib import Path
+from lora_cmqa.models import qwen1
+def peak():  # resident pages at their most, mapped files' among them
+    return int(next(l for l in open("/proc/self/status") if l.startswith("VmHWM")).split()[1]) * 1024
+what, folder, out = sys.argv[1:]
+v1, before = qwen1.read_config(folder), peak()
+if what == "load":
+    model = qwen1.load(folder, torch.bfloat16)
+else:
+    qwen1._write_shards(Path(folder), Path(out), v1, qwen1.native_config(v1), None)
+print(peak() - before)
+"""
+
+
+@pytest.mark.parametrize("form", ["safetensors", "bin"])
+def test_memory_is_never_more_than_a_shard_above_the_model(form, tmp_path):
+    """8 shards of 39 MB (embedding, six wide layers, head): loading holds the model and one shard. Converting holds one
+    read and one to be written, never the model; the allocator keeps up to two more that were freed."""
+    config = SEVEN_B | {"hidden_size": 128, "num_attention_heads": 1, "num_hidden_layers": 6, "vocab_size": 151936}
+    folder, out = tmp_path / "v1", tmp_path / "out"
+    folder.mkdir()
+    out.mkdir()
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 100_000}))
+    shapes = their_shapes(qwen1.read_config(folder))
+    shards = [{} for _ in range(8)]
+    for name, shape in shapes.items():
+        number = int(name.split(".")[2]) + 1 if ".h." in name else 7 if "lm_head" in name else 0
+        shards[number][name] = torch.ones(shape, dtype=torch.bfloat16)
+    for number, shard in enumerate(shards):
+        if form == "safetensors":
+            save_file(shard, folder / f"model-{number}.safetensors")
+        else:
+            torch.save(shard, folder / f"pytorch_model-{number}.bin")
+    largest, *_, smallest = sorted((sum(t.nbytes for t in s.values()) for s in shards), reverse=True)
+    size, slack = (
+        2 * sum(int(np.prod(s)) for s in shapes.values()),
+        16e6,
+    )  # slack: pages of code touched for the first time
+    assert smallest > 2 * slack
+    for what, most in (("load", size + largest), ("convert", 4 * largest)):
+        command = [sys.executable, "-c", MEASURE, what, str(folder), str(out)]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        used = int(done.stdout.split()[-1])
+        print(f"{form} {what}: {used / 1e6:.1f} MB for {size / 1e6:.1f} MB in shards of {largest / 1e6:.1f} MB")
+        assert used <= most + slack
 
 
 def test_a_missing_shard_and_a_damaged_one_are_named(qwen_v1, tmp_path):
@@ -386,6 +552,17 @@ def test_a_wrong_tiktoken_file_is_refused(tmp_path):
     (tmp_path / "qwen.tiktoken").write_text("IQ== 0\nIg== 1\n")
     with pytest.raises(ModelError, match="2 tokens; Qwen v1 has 151,643"):
         qwen1.native_tokenizer(tmp_path)
+
+
+def test_chat_or_not_is_what_the_generation_config_says(qwen_v1, tmp_path):
+    """Never what the folder is called: the seed's script looked for the word chat in the path."""
+    for name, said in (("qwen_v1_tiny", "chatml"), ("qwen_v1_tiny_sharded", "raw")):
+        for called in ("Qwen-7B-Chat", "Qwen-7B"):
+            folder = tmp_path / name / called
+            folder.parent.mkdir(exist_ok=True)
+            folder.symlink_to(qwen_v1 / name)
+            assert chat_format(folder) == said
+    assert chat_format(tmp_path) is None
 
 
 # ---- out again -------------------------------------------------------------------------------------------------------

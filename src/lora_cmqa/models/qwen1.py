@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import itertools
 import json
 import math
 import shutil
@@ -37,13 +36,20 @@ from ..data.template import CHATML
 from ..errors import ModelError
 from .cache import settle
 from .depth import check_layers, layer_of, refuse_more_layers
-from .sizes import QWEN1_EARLY_KEYS, is_qwen1
+from .sizes import is_qwen1, with_late_keys
 from .tiny import byte_alphabet
 
 # ---- config ----------------------------------------------------------------------------------------------------------
 
 # What the original can be told and no published checkpoint tells it: refused by name, never guessed.
-_ONLY = {"no_bias": True, "rotary_pct": 1.0, "scale_attn_weights": True, "tie_word_embeddings": False}
+_ONLY = {
+    "no_bias": True,
+    "pos_emb": "rotary",
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+    "apply_residual_connection_post_layernorm": False,
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +78,7 @@ def read_config(folder: str | Path) -> Qwen1Config:
         raise ModelError(f"not readable: {e}", file=file) from None
     if not is_qwen1(raw):
         raise ModelError(f"model type {raw.get('model_type')!r} is not Qwen v1 (qwen)", file=file, field="model_type")
-    raw = {QWEN1_EARLY_KEYS.get(k, k): v for k, v in raw.items()}
+    raw = with_late_keys(raw, file)
     for key, only in _ONLY.items():
         if raw.get(key, only) != only:
             raise ModelError(f"{raw[key]!r} is not built; every Qwen v1 has {only!r}", file=file, field=key)
@@ -228,9 +234,10 @@ def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | Non
     config._name_or_path = str(folder)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
-    for _, name, value in _all_tensors(folder, model, dtype, v1.layers):
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+    for shard in _shards(folder, model, dtype, v1.layers):
+        for name, value in shard:
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = Qwen1Rotary(config, v1)
     for layer in model.model.layers:
         if v1.logn:
@@ -241,27 +248,34 @@ def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | Non
     return model.eval()
 
 
-def _all_tensors(
+def _shards(
     folder: Path, model: Qwen2ForCausalLM, dtype: torch.dtype | None, layers: int
-) -> Iterator[tuple[Path, str, torch.Tensor]]:
-    """(file, our name, tensor in `dtype`; None: as stored) for every parameter of `model`, which may lie on the meta
-    device and have fewer than the checkpoint's `layers`. Raises ModelError for a tensor too many, one too few, or
-    another shape."""
+) -> Iterator[Iterator[tuple[str, torch.Tensor]]]:
+    """File after file, (our name, tensor in `dtype`; None: as stored) of each parameter of `model` in it. `model` may
+    lie on the meta device and have fewer than the checkpoint's `layers`.
+
+    Raises ModelError for a tensor too many, one too few, or another shape.
+    """
     waiting = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    kept = model.config.num_hidden_layers
     for file in weight_files(folder):
-        for name, tensor in read_shard(file):
-            if kept <= layer_of(name) < layers:  # cut off by num_hidden_layers
-                continue
-            refuse_more_layers([name], layers, file=folder / "config.json")
-            if name not in waiting:
-                raise ModelError(f"the tensor {name} is there twice, or the config has no place for it", file=file)
-            if tuple(tensor.shape) != waiting.pop(name):
-                raise ModelError(f"{name} has the shape {tuple(tensor.shape)}; the config says otherwise", file=file)
-            # The copy cuts q, k and v loose from the joined tensor and from the file's memory map.
-            yield file, name, tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
+        yield _fitting(file, waiting, dtype, model.config.num_hidden_layers, layers)
     if waiting:
         raise ModelError(f"{len(waiting)} weights are missing, the first is {next(iter(waiting))}", file=folder)
+
+
+def _fitting(
+    file: Path, waiting: dict[str, tuple[int, ...]], dtype: torch.dtype | None, kept: int, layers: int
+) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, tensor in read_shard(file):
+        if kept <= layer_of(name) < layers:  # cut off by num_hidden_layers
+            continue
+        refuse_more_layers([name], layers, file=file.parent / "config.json")
+        if name not in waiting:
+            raise ModelError(f"the tensor {name} is there twice, or the config has no place for it", file=file)
+        if tuple(tensor.shape) != waiting.pop(name):
+            raise ModelError(f"{name} has the shape {tuple(tensor.shape)}; the config says otherwise", file=file)
+        # The copy cuts q, k and v loose from the joined tensor and from the file's memory map.
+        yield name, tensor.to(dtype or tensor.dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def native_generation_config(folder: str | Path) -> GenerationConfig:
@@ -511,8 +525,10 @@ def _write_shards(
         model = Qwen2ForCausalLM(config)
     shards: list[list[str]] = []
     size = 0
-    for _, group in itertools.groupby(_all_tensors(folder, model, dtype, v1.layers), key=lambda item: item[0]):
-        shard = {name: tensor for _, name, tensor in group}
+    for tensors in _shards(folder, model, dtype, v1.layers):
+        shard = dict(tensors)
+        if not shard:
+            continue
         size += sum(t.nbytes for t in shard.values())
         written = next(iter(shard.values())).dtype
         save_file(shard, out / f"{len(shards)}", metadata={"format": "pt"})

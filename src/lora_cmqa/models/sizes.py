@@ -235,8 +235,21 @@ def shape_from_config(file: str | Path, *, name: str | None = None) -> Shape:
     return _qwen1_shape(raw, file, name) if family == "qwen1" else _native_shape(raw, family, file, name)
 
 
+def with_late_keys(raw: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A Qwen v1 config with the later of both names of each key. Raises ModelError where both stand and disagree."""
+    late = dict(raw)
+    for early, name in QWEN1_EARLY_KEYS.items():
+        if early not in raw:
+            continue
+        # Some early configs count the tokenizer's entries as vocab_size: the rows are padded_vocab_size.
+        if early != "padded_vocab_size" and raw.get(name, raw[early]) != raw[early]:
+            raise ModelError(f"{raw[early]!r}, but {name} is {raw[name]!r}: they are one key", file=file, field=early)
+        late[name] = late.pop(early)
+    return late
+
+
 def _qwen1_shape(raw: dict[str, Any], file: Path, name: str | None) -> Shape:
-    raw = {QWEN1_EARLY_KEYS.get(k, k): v for k, v in raw.items()}
+    raw = with_late_keys(raw, file)
     hidden, heads = _count(raw, "hidden_size", file), _count(raw, "num_attention_heads", file)
     return Shape(
         name or file.parent.name,
