@@ -5,6 +5,7 @@ import zipfile
 import pytest
 
 from lora_cmqa.data.files import encoding_of, on_disk, zip_files
+from lora_cmqa.data.sources import read_examples
 from lora_cmqa.errors import DataError
 
 
@@ -23,6 +24,17 @@ def test_a_hostile_zip_is_refused(tmp_path):
         z.writestr("a.csv", b"0" * (20 << 20))
     with pytest.raises(DataError, match="zip bomb"):
         zip_files(tmp_path / "bomb.zip")
+
+
+def test_a_zip_of_an_old_chinese_windows_has_its_names(tmp_path):
+    """Its names are GBK without the mark for UTF-8, which zipfile reads as cp437."""
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as z:
+        z.writestr("XXXX.csv", "question,answer\n孩子发烧怎么办,多喝水休息\n".encode())
+    content = (tmp_path / "a.zip").read_bytes().replace(b"XXXX.csv", "内科".encode("gbk") + b".csv")
+    (tmp_path / "a.zip").write_bytes(content)
+    (file,) = zip_files(tmp_path / "a.zip")
+    assert file.name.endswith(":内科.csv")
+    assert [e.question for e in read_examples(tmp_path / "a.zip")] == ["孩子发烧怎么办"]
 
 
 def test_a_truncated_zip_is_named(tmp_path):

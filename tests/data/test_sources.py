@@ -214,6 +214,13 @@ def test_a_zip_of_files_of_any_form_reads_like_the_folder(tmp_path):
     assert read_examples(tmp_path / "d.zip") == read_examples(folder)
 
 
+def test_a_folder_has_its_name_however_it_is_written(tmp_path, monkeypatch):
+    folder = departments(tmp_path / "d")
+    monkeypatch.chdir(folder / "内科")
+    assert read_source("..").name == read_source(folder).name == "d"
+    assert read_source("..").examples == read_source(folder).examples
+
+
 def test_files_named_for_splits_are_the_official_split(tmp_path):
     rows = [{"question": f"问题{i}怎么办", "answer": f"第{i}种回答。"} for i in range(3)]
     for name, r in zip(("train.jsonl", "validation-00.jsonl", "test.jsonl"), rows, strict=True):

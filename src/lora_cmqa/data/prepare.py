@@ -178,9 +178,7 @@ def _report(
     every = [e for s in SPLITS for e in rows.kept[s]]
     pairs = [(a, b) for a, b in sides if rows.kept[a] and rows.kept[b]]
     return {
-        "source": str(source)
-        if len(sources) == 1 and sources[0].name.startswith(HUB)
-        else Path(source).absolute().name,
+        "source": sources[0].name if len(sources) == 1 else Path(source).name,
         "sources": accounts,
         "read": sum(a["read"] for a in accounts),
         "kept": sum(a["kept"] for a in accounts),

@@ -15,6 +15,7 @@ looking. Every row becomes an Example or an error that says where; nothing is sk
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,7 +85,7 @@ def read_source(source: str | Path, *, on_orphan: Literal["error", "drop"] = "er
     """`read_examples`, and what else is to be told about the place. A folder made by `prepare` gives its own rows."""
     if str(source).startswith(HUB):
         return Source(str(source), read_dataset(str(source)))
-    path = Path(source).absolute()  # so that "." has a name
+    path = Path(os.path.abspath(source))  # so that "." has a name
     if re.fullmatch(r"\.z\d\d", path.suffix.lower()):
         path = path.with_suffix(".zip")
     if is_prepared(path):
