@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import json
 import os
+import pickle
+import runpy
 import shutil
 import subprocess
 import sys
@@ -138,13 +140,102 @@ def test_a_kernel_on_a_hub_is_refused(tmp_path):
         load_model(folder)
 
 
+CODE = ("modeling_qwen", "configuration_qwen", "tokenization_qwen", "qwen_generation_utils", "cpp_kernels")
+AUTO_MAP = {
+    "AutoConfig": "configuration_qwen.QWenConfig",
+    "AutoModel": "modeling_qwen.QWenLMHeadModel",
+    "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+    "AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None],
+}
+
+
+def trapped_copy(source: Path, folder: Path, canary: Path) -> Path:
+    """Beside the files of `source`: code that writes `canary`, and an auto_map to it wherever one may stand."""
+    shutil.copytree(source, folder)
+    for path in [folder, *folder.rglob("*")]:
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    (folder / "custom_generate").mkdir()
+    for name in (*CODE, "custom_generate/generate"):
+        (folder / f"{name}.py").write_text(f"open({str(canary)!r}, 'w').write('ran')\n")
+    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
+        if (folder / name).exists():
+            content = json.loads((folder / name).read_text())
+            (folder / name).write_text(json.dumps(content | {"auto_map": AUTO_MAP}))
+    return folder
+
+
 def test_a_trapped_qwen_v1_loads_and_never_runs_its_code(tmp_path, qwen_v1):
     canary = tmp_path / "canary"
-    folder = tmp_path / "v1"
-    shutil.copytree(qwen_v1 / "qwen_v1_tiny", folder)
-    folder.chmod(0o755)
-    for name in ("modeling_qwen", "configuration_qwen", "tokenization_qwen", "qwen_generation_utils"):
-        (folder / f"{name}.py").write_text(f"open({str(canary)!r}, 'w').write('ran')\n")
+    folder = trapped_copy(qwen_v1 / "qwen_v1_tiny", tmp_path / "v1", canary)
     ran = load_with_yes(folder)
     assert ran.returncode == 0, ran.stderr
     assert not canary.exists()
+    runpy.run_path(str(folder / "modeling_qwen.py"))
+    assert canary.exists()  # the trap is a live one
+
+
+EVERY_VERB = """
+import json, sys
+from lora_cmqa.cli import main
+for words in json.loads(sys.argv[1]):
+    print("\\nEXIT", main(words), words[0], flush=True)
+"""
+
+
+class Trap:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = str(canary)
+
+    def __reduce__(self):
+        return open, (self.canary, "w")
+
+
+@pytest.mark.slow
+def test_every_verb_passes_the_traps_also_with_a_yes(tmp_path, qwen_v1):
+    """Base and adapter of the seed's time, both with the code and the pickles that lay beside them, in one process
+    whose folder is the trapped one and whose every question is answered with y."""
+    canary, run = tmp_path / "canary", tmp_path / "run"
+    base = trapped_copy(qwen_v1 / "qwen_v1_tiny", tmp_path / "v1", canary)
+    old = trapped_copy(qwen_v1 / "adapter_chat", tmp_path / "old", canary)
+    for name in ("training_args.bin", "rng_state.pth", "optimizer.pt"):
+        (old / name).write_bytes(pickle.dumps(Trap(canary)))
+    rows = json.loads((qwen_v1 / "train64.json").read_text(encoding="utf-8"))[:4]
+    (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
+    shown = ["--device", "cpu", "--dtype", "float32", "--max-new-tokens", "2"]
+    test = {"id": "1", "question_id": "1", "split": "test", "messages": [{"role": "user", "content": "头痛"}]}
+    test["messages"].append({"role": "assistant", "content": "休息。"})
+    (tmp_path / "data").mkdir()
+    for name in ("train", "test"):
+        lines = [json.dumps(test | {"id": str(i), "question_id": str(i)}) for i in range(4)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    train = ["--data", str(tmp_path / "rows.json"), "--output-dir", str(run), "--r", "2", "--max-steps", "1"]
+    train += ["--learning-rate", "0.1", "--warmup-ratio", "0", "--device", "cpu", "--dtype", "float32"]
+    out = [str(tmp_path / f"out-{i}") for i in range(4)]
+    verbs = [
+        ["train", "--model", str(base), *train],
+        ["chat", str(run), *shown],
+        ["chat", "--model", str(base), *shown],
+        ["compare", str(run), "头痛", *shown],
+        ["eval", str(run), "--data", str(tmp_path / "data"), "--quick", "--generate-rows", "1", *shown],
+        ["merge", str(run), "--out", out[0]],
+        ["convert", str(base), "--out", out[1]],
+        ["adapter", "import", str(old), "--model", str(base), "--out", out[2]],
+        ["adapter", "rebase", str(run), "--model", out[1], "--out", out[3]],
+    ]
+    ran = subprocess.run(
+        [sys.executable, "-c", EVERY_VERB, json.dumps(verbs)],
+        input="y\ny\n/exit\n" * 20,  # the chats end
+        capture_output=True,
+        text=True,
+        cwd=base,
+        env=os.environ | {"HF_HOME": str(tmp_path / "hf")},
+        timeout=500,
+        check=False,
+    )
+    codes = [line for line in ran.stdout.splitlines() if line.startswith("EXIT ")]
+    assert codes == [f"EXIT 0 {v[0]}" for v in verbs], ran.stderr[-2000:]
+    assert not canary.exists()
+    assert not list((tmp_path / "hf").rglob("*.py"))  # where transformers copies a checkpoint's code before it runs it
+    assert not [p for o in out for p in Path(o).rglob("*") if p.suffix in (".py", ".bin", ".pt", ".pth")]
