@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lora_cmqa.engine.base import Request
-from lora_cmqa.engine.sampling import SamplingParams, next_token, next_token_plain
+from lora_cmqa.engine.sampling import SamplingParams, largest_tokens, next_token, next_token_plain
 from lora_cmqa.engine.text import TextStream
 from lora_cmqa.models.tiny import byte_tokenizer
 
@@ -89,6 +89,15 @@ def test_equals_of_the_last_kept_token_are_kept_however_many_they_are():
         ours, plain = torch.Generator().manual_seed(seed), torch.Generator().manual_seed(seed)
         params = SamplingParams(temperature=1.0, top_k=3)
         assert next_token(logits, params, [], ours) == next_token_plain(logits, params, [], plain)
+
+
+@pytest.mark.parametrize("size", [5, 512, 1024, 5000, 16_384])
+def test_the_largest_token_is_argmax_ties_and_all(size):
+    for seed in range(20):
+        logits = torch.randn(9, size, generator=torch.Generator().manual_seed(seed)).bfloat16()
+        logits[4] = 0  # all alike: the first
+        logits[5, -1] = 100
+        assert torch.equal(largest_tokens(logits), logits.argmax(-1))
 
 
 def test_a_seed_is_a_draw(serving):

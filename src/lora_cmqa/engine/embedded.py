@@ -32,7 +32,7 @@ from .base import RUN_ADAPTER, Completion, Event, FinishReason, Request, TokenLo
 from .forward import BatchForward, Forward, Row
 from .plain import PlainForward
 from .prefix import PrefixCache
-from .sampling import next_token, token_logprob
+from .sampling import largest_tokens, next_token, token_logprob
 from .text import TextStream
 
 Listener = Callable[[Event], None]
@@ -289,7 +289,7 @@ class EmbeddedEngine:
 
     def _choose(self, hidden: Sequence[tuple[Sequence_, torch.Tensor]]) -> None:
         logits = self.forward.logits(torch.cat([h for _, h in hidden]))
-        largest = logits.argmax(-1).tolist()
+        largest = largest_tokens(logits).tolist()
         for row, (s, _) in enumerate(hidden):
             sampling = s.request.sampling
             plain = sampling.is_plain_greedy
