@@ -155,20 +155,47 @@ class BatchForward:
     def prepare(self, digest: str, pairs: LowRank) -> Prepared:
         return prepare_joined(digest, pairs, self._widths, self.dtype, self.device)
 
+    def _arranged(self, rows: Sequence[Row]) -> list[int]:
+        """Indices of `rows` as they stand in a step: by rank, each rank's adapters in the order of their places in its
+        stack, so that its products need no copy where all have as many rows; the bare base last."""
+        adapters = {r.adapter.digest: r.adapter for r in rows if r.adapter is not None}
+        places: dict[str, int] = {}
+        for rank in {a.rank for a in adapters.values()}:
+            members = self._stack(rank).arrange([a for a in adapters.values() if a.rank == rank])
+            places |= {m.digest: i for i, m in enumerate(members)}
+
+        def place(i: int) -> tuple[bool, int, int, int]:
+            a = rows[i].adapter
+            return (True, 0, 0, rows[i].slot) if a is None else (False, a.rank, places[a.digest], rows[i].slot)
+
+        return sorted(range(len(rows)), key=place)
+
     def _groups(self, rows: Sequence[Row]) -> list[_Group]:
-        """`rows` are sorted by (rank, digest), those without an adapter last."""
+        """`rows` stand as `_arranged` puts them."""
         groups, first = [], 0
         adapters = [r.adapter for r in rows if r.adapter is not None]
         for rank, same in itertools.groupby(adapters, key=lambda a: a.rank):
-            some = list(same)
-            groups.append(self._group(rank, some, first))
-            first += len(some)
+            counts = [len(list(rows)) for _, rows in itertools.groupby(same, key=lambda a: a.digest)]
+            groups.append(self._group(rank, counts, first))
+            first += sum(counts)
         return groups
 
-    def _group(self, rank: int, adapters: Sequence[Prepared], first: int) -> _Group:
-        stop = first + len(adapters)
-        stack = self._stacks.get(rank)
-        if stack is None:
+    def _group(self, rank: int, counts: Sequence[int], first: int) -> _Group:
+        """`counts`: rows of each member of the rank's stack, which stand from row `first` on."""
+        stack, stop, most = self._stack(rank), first + sum(counts), max(counts)
+        # 16-bit rows are taken as they come: padding them to equal rounding costs more than the products do, and what
+        # differs is a last bit now and then (docs/decisions/0007).
+        height = most if self.dtype.itemsize == 2 else max(_padded(most, _TILE), self._least_for(rank))
+        if len(counts) == stack.places and all(c == height for c in counts):
+            return _Group(stack, first, stop, None, None)
+        starts = [first + sum(counts[:i]) for i in range(len(counts))]
+        gather = [s + min(j, c - 1) for s, c in zip(starts, counts, strict=True) for j in range(height)]
+        gather += [first] * (height * (stack.places - len(counts)))
+        scatter = [i * height + j for i, c in enumerate(counts) for j in range(c)]
+        return _Group(stack, first, stop, self._index(gather), self._index(scatter))
+
+    def _stack(self, rank: int) -> Stack:
+        if rank not in self._stacks:
             shapes = {
                 (i, name): (
                     len(self._widths[i, name]),
@@ -178,24 +205,8 @@ class BatchForward:
                 for i, block in enumerate(self.body.blocks)
                 for name in JOINED
             }
-            stack = self._stacks[rank] = Stack(shapes, rank, self.body.norm.weight)
-        here: dict[str, list[int]] = {}
-        for i, adapter in enumerate(adapters):
-            here.setdefault(adapter.digest, []).append(first + i)
-        members = [m.digest for m in stack.arrange(list({a.digest: a for a in adapters}.values()))]
-        most = max(len(places) for places in here.values())
-        # 16-bit rows are taken as they come: padding them to equal rounding costs more than the products do, and what
-        # differs is a last bit now and then (docs/decisions/0007).
-        height = most if self.dtype.itemsize == 2 else max(_padded(most, _TILE), self._least_for(rank))
-        flat = [p for m in members for p in here[m]]
-        even = len(members) == stack.places and all(len(here[m]) == height for m in members)
-        if even and flat == list(range(first, stop)):
-            return _Group(stack, first, stop, None, None)
-        gather = [p for m in members for p in here[m] + [here[m][0]] * (height - len(here[m]))]
-        gather += [first] * (height * (stack.places - len(members)))
-        where = {p: i * height + j for i, m in enumerate(members) for j, p in enumerate(here[m])}
-        scatter = [where[p] for p in range(first, stop)]
-        return _Group(stack, first, stop, self._index(gather), self._index(scatter))
+            self._stacks[rank] = Stack(shapes, rank, self.body.norm.weight)
+        return self._stacks[rank]
 
     def _least_for(self, rank: int) -> int:
         """Rows of one adapter, measured for A and B of each kind of projection."""
@@ -302,7 +313,7 @@ class BatchForward:
     # ---- decode ------------------------------------------------------------------------------------------------
 
     def decode(self, rows: Sequence[Row]) -> torch.Tensor:
-        order = sorted(range(len(rows)), key=lambda i: _by_adapter(rows[i]))
+        order = self._arranged(rows)
         ordered = [rows[i] for i in order]
         step, x = self._begin(ordered)
         for i, block in enumerate(self.body.blocks):
@@ -408,10 +419,6 @@ class BatchForward:
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
-
-
-def _by_adapter(row: Row) -> tuple[bool, int, str, int]:
-    return (True, 0, "", row.slot) if row.adapter is None else (False, row.adapter.rank, row.adapter.digest, row.slot)
 
 
 def _heads(
