@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lora_cmqa.kernels.head import linear_cross_entropy, linear_cross_entropy_plain
+from lora_cmqa.kernels.head import TrainedRows, linear_cross_entropy, linear_cross_entropy_plain
 
 ROWS, WIDTH, VOCABULARY = 37, 12, 50
 
@@ -49,6 +49,35 @@ def test_a_trained_head_gets_its_gradient():
         assert gradient.abs().sum() > 0
 
 
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+@pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 0.5)])
+@pytest.mark.parametrize("reads", ["hidden and rows", "rows alone"])
+def test_trained_rows_fast_equals_plain(chunk, softcap, scale, reads):
+    """Rows 3 and 41 trained; some targets are they."""
+    both = []
+    for function, more in ((linear_cross_entropy, {"chunk": chunk}), (linear_cross_entropy_plain, {})):
+        hidden, weight, targets = inputs()
+        targets[::5], targets[::7] = 41, 3
+        values = torch.linspace(-1, 1, 2 * WIDTH, dtype=hidden.dtype).view(2, WIDTH).requires_grad_()
+        rows = TrainedRows(torch.tensor([41, 3]), values)
+        hidden.requires_grad_(reads == "hidden and rows")
+        losses = function(hidden, weight, targets, softcap=softcap, scale=scale, rows=rows, **more)
+        wanted = (values, hidden) if reads == "hidden and rows" else (values,)
+        gradients = torch.autograd.grad(losses, wanted, torch.linspace(-1, 2, ROWS, dtype=losses.dtype))
+        both.append((losses.detach(), *gradients))
+    torch.testing.assert_close(both[0], both[1], rtol=1e-10, atol=1e-13)
+
+
+def test_trained_rows_gradcheck():
+    hidden, weight, targets = inputs(rows=5)
+    values = torch.ones(1, WIDTH, dtype=hidden.dtype, requires_grad=True)
+
+    def losses(h, v):
+        return linear_cross_entropy(h, weight, targets, chunk=2, rows=TrainedRows(targets[:1], v))
+
+    assert torch.autograd.gradcheck(losses, (hidden, values))
+
+
 def test_softmax_is_float32_for_bfloat16_input():
     hidden, weight, targets = inputs(torch.bfloat16)
     losses = linear_cross_entropy(hidden, weight, targets, chunk=8)
@@ -87,12 +116,16 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("softcap", [None, 30.0])
-def test_never_holds_all_logits(dtype, softcap):
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "two rows trained"])
+def test_never_holds_all_logits(dtype, softcap, trained):
     rows, vocabulary, chunk = 200, 3000, 16
     hidden, weight, targets = inputs(dtype, rows, vocabulary)
     LargestTensor.elements = 0
     with LargestTensor():
-        linear_cross_entropy(hidden, weight, targets, chunk=chunk, softcap=softcap).sum().backward()
+        values = weight[:2].float().requires_grad_()
+        some = TrainedRows(torch.arange(2), values) if trained else None
+        linear_cross_entropy(hidden, weight, targets, chunk=chunk, softcap=softcap, rows=some).sum().backward()
+    assert (values.grad is not None) == trained
     assert 0 < LargestTensor.elements <= max(chunk * vocabulary, weight.numel()) < rows * vocabulary
 
 

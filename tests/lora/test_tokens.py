@@ -9,6 +9,7 @@ import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors import safe_open
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lora_cmqa.core import IGNORE
 from lora_cmqa.data.pack import make_pack
@@ -78,6 +79,32 @@ def test_the_rows_gradient_is_that_of_the_whole_matrices(kind):
         place = name.split(ROWS)[0].removeprefix("base_model.model.")
         full = whole.get_submodule(place).weight.grad[[START, END]] / count
         assert (gradient - full).norm() <= 1e-6 * full.norm()  # transformers' norms round to float32
+
+
+class Shapes(TorchDispatchMode):
+    """Of whatever is made while it is on, and is no view of the model's own weights."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        self.own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.seen: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = [out] if isinstance(out, torch.Tensor) else out if isinstance(out, (list, tuple)) else []
+        new = (t for t in made if isinstance(t, torch.Tensor) and t.untyped_storage().data_ptr() not in self.own)
+        self.seen |= {tuple(t.shape) for t in new}
+        return out
+
+
+def test_no_copy_and_no_gradient_of_a_whole_matrix_is_made(kind):
+    """What makes it cheap: two rows of 1.2 GB are trained without another 1.2 GB, forward or backward."""
+    model, pack = adapted(kind, trainable_token_ids=(START, END)), make_pack(rows_with_turns())
+    pack_losses(model, pack)  # q, k, v and gate, up find their joined places
+    with Shapes(model) as made:
+        pack_losses(model, pack, chunk=7).sum().backward()
+    assert (2, 64) in made.seen
+    assert not {(259, 64), (64, 259)} & made.seen
 
 
 def test_switched_off_it_is_the_base_and_taken_off_too(kind):

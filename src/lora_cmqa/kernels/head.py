@@ -3,12 +3,12 @@
     hidden [rows, width] -> by chunks: logits [chunk, vocabulary] -> loss of each row, gradient to hidden -> forgotten
 
 The gradient is made in the forward, while a chunk's logits are at hand; the backward only scales it.
-The head's weight is frozen: where it is trained, the plain twin gives its gradient.
+The head's weight is frozen, but for single rows that may be trained; trained whole, the plain twin gives its gradient.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,13 @@ import torch.nn.functional as F
 from .tiles import rows_per_tile
 
 CHUNK = 512  # rows of logits held at once; with fewer, a CPU packs the weight anew for too few products
+
+
+class TrainedRows(NamedTuple):
+    """What stands in place of the rows `ids` [n] of a head's weight: `values` [n, width], in any dtype."""
+
+    ids: torch.Tensor
+    values: torch.Tensor
 
 
 def linear_cross_entropy(
@@ -26,15 +33,18 @@ def linear_cross_entropy(
     chunk: int = CHUNK,
     softcap: float | None = None,
     scale: float = 1.0,
+    rows: TrainedRows | None = None,
 ) -> torch.Tensor:
     """-log softmax(hidden @ weight.T)[targets] -> losses [rows], float32 (float64 for float64 input), in nats.
 
     hidden [rows, width], weight [vocabulary, width] of the same dtype, targets [rows] int64.
     scale multiplies the logits (Cohere's logit_scale), then softcap * tanh(logits / softcap) (Gemma 2).
+    rows stand in for some of weight's; their values get a gradient, weight is not copied.
     """
     if weight.requires_grad:
-        return linear_cross_entropy_plain(hidden, weight, targets, softcap=softcap, scale=scale)
-    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk, softcap, scale)
+        return linear_cross_entropy_plain(hidden, weight, targets, softcap=softcap, scale=scale, rows=rows)
+    ids, values = rows if rows is not None else (None, None)
+    return _LinearCrossEntropy.apply(hidden, weight, targets, chunk, softcap, scale, ids, values)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -47,9 +57,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk: int,
         softcap: float | None,
         scale: float,
+        ids: torch.Tensor | None,
+        values: torch.Tensor | None,
     ) -> torch.Tensor:
         exact = torch.promote_types(hidden.dtype, torch.float32)  # bf16 would lose the tail of the softmax
-        rows, wants_grad = len(hidden), ctx.needs_input_grad[0]
+        rows, wants_grad = len(hidden), ctx.needs_input_grad[0] or ctx.needs_input_grad[7]
+        own = values.to(hidden.dtype) if values is not None else None
+        slopes = hidden.new_empty(rows, len(own)) if own is not None and wants_grad else None  # d loss / d their logits
         losses = torch.empty(rows, dtype=exact, device=hidden.device)
         gradient = torch.empty_like(hidden) if wants_grad else None
         tile = rows_per_tile(hidden.device, len(weight) * exact.itemsize) or chunk  # of the softmax
@@ -59,6 +73,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, rows, chunk):
             part = slice(start, min(start + chunk, rows))
             logits = torch.mm(hidden[part], weight.t(), out=buffer[: part.stop - start])
+            if own is not None:
+                logits[:, ids] = hidden[part] @ own.t()
             for first in range(0, len(logits), tile):
                 some = logits[first : first + tile]
                 here = slice(start + first, start + first + len(some))
@@ -66,16 +82,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 losses[here] = _losses_in_place(z, targets[here], softcap, scale, wants_grad)
                 if scratch is not None and wants_grad:
                     some.copy_(z)
-            if gradient is not None:
+            if gradient is None:
+                continue
+            if own is None or slopes is None:
                 torch.mm(logits, weight, out=gradient[part])
-        ctx.save_for_backward(gradient)
+            else:
+                slopes[part] = logits[:, ids]
+                logits[:, ids] = 0
+                torch.mm(logits, weight, out=gradient[part]).addmm_(slopes[part], own)
+        ctx.save_for_backward(gradient, slopes, hidden if slopes is not None else None)
+        ctx.values_dtype = values.dtype if values is not None else None
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, None, None, None, None, None]:
-        (gradient,) = ctx.saved_tensors
-        return gradient * upstream[0].to(gradient.dtype)[:, None], None, None, None, None, None
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradient, slopes, hidden = ctx.saved_tensors
+        each = upstream[0].to(gradient.dtype)[:, None]
+        of_rows = ((slopes * each).t() @ hidden).to(ctx.values_dtype) if slopes is not None else None
+        return gradient * each, None, None, None, None, None, None, of_rows
 
 
 def _losses_in_place(
@@ -111,8 +136,11 @@ def linear_cross_entropy_plain(
     *,
     softcap: float | None = None,
     scale: float = 1.0,
+    rows: TrainedRows | None = None,
 ) -> torch.Tensor:
-    """The definition: all logits at once, torch's cross_entropy."""
+    """The definition: the weight with its rows, all logits at once, torch's cross_entropy."""
+    if rows is not None:
+        weight = weight.index_copy(0, rows.ids, rows.values.to(weight.dtype))
     logits = F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = torch.tanh(logits / softcap) * softcap

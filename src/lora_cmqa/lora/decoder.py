@@ -21,13 +21,14 @@ from peft.utils.other import TrainableTokensWrapper
 from ..core import Pack
 from ..errors import ModelError
 from ..kernels.attention import packed_attention
-from ..kernels.head import CHUNK, linear_cross_entropy
+from ..kernels.head import CHUNK, TrainedRows, linear_cross_entropy
 from ..kernels.lora_linear import lora_linear
 from ..kernels.mlp import gated
 from ..kernels.norm import rms_norm
 from ..kernels.rope import rotate
 from .family import Block, Norm, Projection, Unsupported, read_body
 from .plain import hidden_states_plain
+from .tokens import embed, trained_rows
 
 
 def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
@@ -40,7 +41,7 @@ def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
     device = causal.device
     keep = torch.from_numpy(pack.predict_at).long().to(device)
     positions = torch.from_numpy(pack.position_ids).long().to(device)[None]
-    x = body.embedding(torch.from_numpy(pack.input_ids).long().to(device))
+    x = embed(body.embedding, torch.from_numpy(pack.input_ids).long().to(device))
     tables = {kind: _rotary_table(body.rotary, x, positions, kind) for kind in {b.rotary_kind for b in body.blocks}}
     for block in body.blocks:
         last = block is body.blocks[-1]
@@ -118,13 +119,15 @@ def pack_losses(model: Any, pack: Pack, *, chunk: int = CHUNK) -> torch.Tensor:
 def head_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor, *, chunk: int = CHUNK) -> torch.Tensor:
     """-log p of `targets` [rows] after the hidden states [rows, width], as `pack_losses` gives them."""
     causal = causal_lm(model)
+    weight, rows = _head(causal)
     return linear_cross_entropy(
         hidden,
-        _head_weight(causal),
+        weight,
         targets.long().to(hidden.device),
         chunk=chunk,
         softcap=getattr(causal.config, "final_logit_softcapping", None),
         scale=getattr(causal.config, "logit_scale", None) or 1.0,
+        rows=rows,
     )
 
 
@@ -132,7 +135,11 @@ def head_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor, *, chun
 def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     """Logits [rows, vocabulary] of hidden states [rows, width], float32 (float64 for a float64 model)."""
     causal = causal_lm(model)
-    logits = torch.mm(hidden, _head_weight(causal).t()).to(torch.promote_types(hidden.dtype, torch.float32))
+    weight, rows = _head(causal)
+    logits = torch.mm(hidden, weight.t())
+    if rows is not None:
+        logits[:, rows.ids] = hidden @ rows.values.to(hidden.dtype).t()
+    logits = logits.to(torch.promote_types(hidden.dtype, torch.float32))
     logits *= getattr(causal.config, "logit_scale", None) or 1.0
     softcap = getattr(causal.config, "final_logit_softcapping", None)
     return logits if softcap is None else torch.tanh(logits / softcap) * softcap
@@ -161,17 +168,18 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _head_weight(causal: Any) -> torch.Tensor:
+def _head(causal: Any) -> tuple[torch.Tensor, TrainedRows | None]:
+    """The head's weight, and the single rows that stand in for some of its."""
     head = causal.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ModelError(f"the head of {type(causal).__name__} has a bias, which no supported family has")
-    return head.weight if type(head) is torch.nn.Linear else _trained_head(head)
+    if isinstance(head, TrainableTokensWrapper):
+        return head.original_module.weight, trained_rows(head)
+    return (head.weight if type(head) is torch.nn.Linear else _trained_head(head)), None
 
 
 def _trained_head(head: Any) -> torch.Tensor:
-    """The weight that modules_to_save, or by single rows trainable_token_indices, trains in place of the frozen one."""
-    if isinstance(head, TrainableTokensWrapper):
-        return head.weight  # PEFT's wrapper gives the base's where the adapter is switched off
+    """The weight that modules_to_save trains in place of the frozen one."""
     active = getattr(head, "modules_to_save", None)
     if active is None:
         raise ModelError(f"a head of type {type(head).__name__} is not known", hint="Train without LoRA on lm_head.")

@@ -18,9 +18,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.other import TrainableTokensWrapper
 
 from ..data.template import ChatTemplate
 from ..errors import AdapterError
+from ..kernels.head import TrainedRows
 from ..messages import say
 
 _NEVER_USED = re.compile(r"<\W?(?:unused|extra|reserved)[a-z_]*?_?\d+\W?>")  # <unused3>, <|extra_204|>, ...
@@ -103,6 +105,30 @@ def ids_of(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
                 hint="--trainable-tokens auto looks at the chat template's; '<|im_start|>' '<|im_end|>' names two.",
             )
     return [vocabulary[t] for t in dict.fromkeys(tokens)]
+
+
+def trained_rows(wrapper: TrainableTokensWrapper) -> TrainedRows | None:
+    """The rows that PEFT's wrapper puts in place of its matrix's; None where the adapter is switched off or merged."""
+    layer = wrapper.token_adapter
+    active = [a for a in layer.active_adapters if a in layer.trainable_tokens_delta]
+    if layer.disable_adapters or layer.merged or not active:
+        return None
+    values = layer.trainable_tokens_delta[active[0]]  # PEFT lets one adapter be active here
+    return TrainedRows(torch.tensor(layer.token_indices[active[0]], device=values.device), values)
+
+
+def embed(embedding: Any, ids: torch.Tensor) -> torch.Tensor:
+    """`embedding(ids)`: [tokens] -> [tokens, width]. Trained rows are laid over the frozen matrix's; PEFT's wrapper
+    would copy the whole matrix for each forward, and make a gradient of its size."""
+    rows = trained_rows(embedding) if isinstance(embedding, TrainableTokensWrapper) else None
+    if rows is None:
+        return embedding(ids)
+    frozen = embedding.original_module
+    x = frozen(ids)
+    scale = getattr(frozen, "embed_scale", None)  # Gemma multiplies its embeddings
+    values = rows.values.to(x.dtype) if scale is None else rows.values.to(x.dtype) * scale.to(x.dtype)
+    match = ids[:, None] == rows.ids
+    return torch.where(match.any(1, keepdim=True), match.to(x.dtype) @ values, x)
 
 
 def token_indices(model: Any, ids: Sequence[int]) -> dict[str, list[int]]:
