@@ -67,6 +67,7 @@ def test_transformers_alone_loads_it(tmp_path):
     )
     assert not any(info.values())
     assert merged.generation_config.eos_token_id == [258, 256]
+    assert {oct(p.stat().st_mode & 0o777) for p in (tmp_path / "merged").iterdir()} == {"0o644"}  # others may read it
 
 
 def test_shards_keep_their_names_and_the_index_counts(tmp_path):

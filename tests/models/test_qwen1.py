@@ -19,7 +19,7 @@ from lora_cmqa.data.template import ChatTemplate
 from lora_cmqa.engine.base import Request
 from lora_cmqa.engine.embedded import EmbeddedEngine
 from lora_cmqa.engine.sampling import SamplingParams
-from lora_cmqa.errors import ModelError
+from lora_cmqa.errors import ModelError, RunError
 from lora_cmqa.models import qwen1
 from lora_cmqa.models.load import chat_format, load_model
 from lora_cmqa.models.sizes import QWEN1_EARLY_KEYS, shape_of
@@ -580,7 +580,7 @@ def test_convert_writes_a_folder_that_plain_transformers_loads(original, tmp_pat
         assert np.abs(logits(plain, prompt["ids"]) - logits(model, prompt["ids"])).max() <= 1e-6
     assert plain.config.max_position_embeddings == 2048
     assert plain.generation_config.eos_token_id == [151645, 151643]
-    with pytest.raises(ModelError, match="not empty"):
+    with pytest.raises(RunError, match="not empty"):
         qwen1.convert(folder, out)
     with pytest.raises(ModelError, match="'qwen2' is not Qwen v1"):
         qwen1.convert(out, tmp_path / "again")

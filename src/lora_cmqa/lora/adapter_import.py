@@ -20,13 +20,13 @@ from peft import LoraConfig
 
 from ..errors import AdapterError
 from ..models import qwen1
+from ..models.cache import appears_complete
 from ..models.depth import check_layers
 from ..models.load import base_name, load_model, read_json, resolve
 from .adapter import CONFIG, WEIGHTS, check_depth, encode_adapter, load_adapter, read_adapter_config, read_tensors
 from .fingerprint import FILE as FINGERPRINT
 from .fingerprint import check_fingerprint, kept_layers, write_fingerprint
 from .inject import QWEN_V1_NAMES
-from .merge import appears_complete
 
 _PREFIX = "base_model.model."
 _BIN = "adapter_model.bin"

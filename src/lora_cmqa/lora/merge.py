@@ -14,9 +14,6 @@ import hashlib
 import json
 import math
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +24,9 @@ from safetensors.torch import save_file
 
 from ..core import Message
 from ..data.template import ChatTemplate
-from ..errors import AdapterError, RunError
+from ..errors import AdapterError
 from ..models import qwen1
+from ..models.cache import appears_complete
 from ..models.depth import check_layers, layer_of
 from ..models.load import DTYPES, check_weight_files, layers_of, load_model, read_json, resolve
 from .adapter import WEIGHTS, check_depth, load_adapter, read_adapter_config, read_tensors, refuse_code
@@ -107,6 +105,7 @@ def merge(
             **_compare(native, folder, made, kept),
             "files": {f.name: _sha256(f) for f in sorted(made.glob("*.safetensors"))},
         }
+        shutil.rmtree(made / ".native", ignore_errors=True)
         (made / CERTIFICATE).write_text(json.dumps(certificate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return certificate | {"out": str(out)}
 
@@ -256,27 +255,6 @@ def _refuse_quantised(base: Path) -> None:
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def appears_complete(out: Path) -> Iterator[Path]:
-    """A temporary folder that becomes `out` when the block ends well, and vanishes otherwise."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunError("is there already and not empty", file=out, hint="Name another --out.")
-    try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    except (PermissionError, NotADirectoryError) as e:
-        raise RunError(f"cannot be written: {e.strerror}", file=out, hint="Name another --out.") from None
-    try:
-        yield made
-        shutil.rmtree(made / ".native", ignore_errors=True)
-        made.chmod(0o755)
-        if out.exists():
-            out.rmdir()
-        made.rename(out)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
 
 
 def _copy_beside(base: Path, run: Path, out: Path) -> None:

@@ -1,8 +1,10 @@
-"""The user's cache: folders that are made once and then only read.
+"""Folders that stand complete or not at all: the user's cache, and what a verb writes to --out.
 
     write_once("tiny-qwen2-1", build)      build(temporary folder)  ->  rename  ->  CACHE/tiny-qwen2-1
+    with appears_complete(out) as made     temporary folder         ->  rename  ->  OUT
 
-A folder stands complete or not at all: two first starts at once both build, one rename wins, the other is thrown away.
+A cached folder is made once and then only read: two first starts at once both build, one rename wins, the other is
+thrown away.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from transformers.utils import logging as transformers_logging
 
-from ..errors import ModelError
+from ..errors import ModelError, RunError
 
 
 def cache_root() -> Path:
@@ -59,6 +61,29 @@ def write_once(name: str, build: Callable[[Path], None]) -> Path:
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+@contextlib.contextmanager
+def appears_complete(out: Path) -> Iterator[Path]:
+    """A temporary folder that becomes `out` when the block ends well, and vanishes otherwise.
+
+    Raises RunError: `out` is there and not empty, or cannot be written.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunError("is there already and not empty", file=out, hint="Name another --out.")
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
+    except (PermissionError, NotADirectoryError) as e:
+        raise RunError(f"cannot be written: {e.strerror}", file=out, hint="Name another --out.") from None
+    try:
+        yield made
+        settle(made)
+        if out.exists():
+            out.rmdir()
+        made.rename(out)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
 
 
 def settle(folder: Path) -> None:

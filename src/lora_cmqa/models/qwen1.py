@@ -17,8 +17,6 @@ import base64
 import functools
 import json
 import math
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +32,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from ..data.template import CHATML
 from ..errors import ModelError
-from .cache import settle
+from .cache import appears_complete
 from .depth import check_layers, layer_of, refuse_more_layers
 from .sizes import is_qwen1, with_late_keys
 from .tiny import byte_alphabet
@@ -488,32 +486,21 @@ def convert(source: str | Path, out: str | Path, dtype: str = "auto", *, num_hid
     """A Qwen v1 folder -> a native Qwen2 folder that any tool loads; returns `out`.
 
     Shard by shard, in the stored dtype (dtype "auto") or cast once; with `num_hidden_layers` only the first so many
-    layers. `out` appears complete or not at all. The native
-    model is exact up to seq_length, which becomes its max_position_embeddings. Raises ModelError: not a Qwen v1
-    folder, an `out` that is not empty, a tensor that is missing or without a place.
+    layers. The native model is exact up to seq_length, which becomes its max_position_embeddings.
+
+    Raises ModelError: not a Qwen v1 folder, a tensor that is missing or without a place; RunError: `out` is not empty.
     """
     folder, out = Path(source), Path(out)
     if not folder.is_dir():
         raise ModelError("no such folder", file=folder)
     v1 = read_config(folder)
     layers = check_layers(num_hidden_layers, v1.layers)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError("is there already and not empty", file=out, hint="Name another --out.")
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.absolute().parent))
-    try:
+    with appears_complete(out) as made:
         config = native_config(v1, num_hidden_layers=layers)
-        stored = _write_shards(folder, temporary, v1, config, None if dtype == "auto" else getattr(torch, dtype))
-        config.dtype = stored
-        config.save_pretrained(temporary)
-        native_generation_config(folder).save_pretrained(temporary)
-        native_tokenizer(folder).save_pretrained(temporary)
-        settle(temporary)
-        if out.exists():
-            out.rmdir()
-        temporary.rename(out)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        config.dtype = _write_shards(folder, made, v1, config, None if dtype == "auto" else getattr(torch, dtype))
+        config.save_pretrained(made)
+        native_generation_config(folder).save_pretrained(made)
+        native_tokenizer(folder).save_pretrained(made)
     return out
 
 
