@@ -48,5 +48,10 @@ lock: $(VENV)/.dev
 	  --no-emit-index-url --no-emit-trusted-host --no-emit-find-links -c constraints.txt \
 	  --extra demo --extra track -o requirements.lock pyproject.toml
 
+# Training speed beside others: about an hour on 2 quiet cores, a stopped one goes on; one line in results/train.jsonl.
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/train.py $(BENCH)
+	$(BIN)/python benchmarks/train.py --table
+
 clean:
 	rm -rf $(VENV) runs data build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,80 @@
+"""benchmarks/train.py with the tiny model: it runs every way, repeats nothing, and its sums are the ones it says."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("bench_train", FOLDER / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "bench_train", module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "SEARCH", ("hf-bf16-4", "hf-autocast-8"))
+    for peer in (sys.modules[f"peers.{name}"] for name in ("setting", "hf_trainer", "hf_loop", "ours")):
+        monkeypatch.setattr(peer, "ROWS_PER_STEP", 4)
+    yield module
+    for name in [n for n in sys.modules if n.split(".")[0] == "peers"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_one_round_of_every_way_and_a_second_start(bench, tmp_path):
+    rows = ["--rows", "12", "--peer-rows", "8", "--seed-rows", "8"]
+    args, ran = bench.arguments(["--model", "tiny", "--rounds", "1", "--threads", "1", *rows]), []
+
+    def run(way, setting):
+        ran.append(way)
+        if len(ran) == 5:
+            raise KeyboardInterrupt
+        return bench.measure(way, setting)
+
+    with pytest.raises(KeyboardInterrupt):
+        bench.bench(args, tmp_path, run)
+    line = bench.bench(args, tmp_path, run)
+    v = json.loads(json.dumps(line))["values"]
+    # One was broken off and came again; the rest once. The search measured both plain loops of round 0.
+    assert len(ran) - 1 == len(set(ran)) == len(v["tokens_per_second"]) == 9
+    assert v["ratio_vs_seed"]["median"] > 0
+    assert v["ratio_vs_best_peer"]["median"] > 0
+    assert v["bound_shared_prefix"]["median"] > 1
+    assert all(0 < m["median"] < 1 for m in v["mfu"].values())
+    text = bench.table(line)
+    assert "shared prefixes" in text
+    assert all(f"| {way} |" in text for way in v["tokens_per_second"])
+
+
+def test_a_rate_leaves_the_first_step_out_and_counts_no_padding(bench, monkeypatch):
+    clock = bench.Clock(bench.torch.device("cpu"))
+    clock.began, clock.ends = 0.0, [(100.0, 50.0, 999, 999, 9), (101.0, 51.0, 30, 20, 6), (103.0, 53.0, 50, 50, 6)]
+    v = clock.values(threads=2)
+    assert v["tokens_per_second"] == pytest.approx(80 / 3)
+    assert (v["tokens"], v["computed_tokens"], v["supervised_tokens"], v["steps"]) == (80, 70, 12, 2)
+    assert v["processor_share"] == pytest.approx(0.5)
+
+
+def test_operations_are_counted_by_hand(bench):
+    body, head = bench.operations(bench.load(bench.Setting("tiny-llama", None, 32, 0), "float32"))
+    layer = 64 * 64 + 2 * 64 * 16 + 64 * 64 + 3 * 64 * 128  # q, k and v, o, the gated MLP
+    assert (body, head) == (4 * 2 * layer, 4 * 259 * 64)
+
+
+def test_rounds_have_rows_of_their_own_and_ways_the_same(bench):
+    rows = [
+        [r.id for r in bench.read_rows(bench.Setting("tiny", None, n, i), 259)] for n, i in ((32, 0), (64, 0), (32, 1))
+    ]
+    assert rows[0] == rows[1][:32]
+    assert rows[0] != rows[2]
+    several = bench.read_rows(bench.Setting("tiny", None, 64, 0, several_answers=True), 259)
+    assert len({r.question_id for r in several}) < len(several)
+    assert asdict(bench.Setting("tiny", None, 32, 0))["several_answers"] is False
