@@ -22,9 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..kernels.mlp import gated
-from ..kernels.norm import rms_norm
-from ..kernels.rope import rotate
+from ..kernels.table import gated, rms_norm, rotate
 from ..lora.family import Block, Norm, Projection, Unsupported, read_body
 from ..lora.low_rank import LowRank
 from ..messages import say

@@ -20,12 +20,8 @@ from peft.utils.other import TrainableTokensWrapper
 
 from ..core import Pack
 from ..errors import ModelError
-from ..kernels.attention import packed_attention
-from ..kernels.head import CHUNK, TrainedRows, linear_cross_entropy
-from ..kernels.lora_linear import lora_linear
-from ..kernels.mlp import gated
-from ..kernels.norm import rms_norm
-from ..kernels.rope import rotate
+from ..kernels.head import CHUNK, TrainedRows
+from ..kernels.table import cross_entropy, gated, packed_attention, project, rms_norm, rotate
 from .family import Block, Norm, Projection, Unsupported, read_body
 from .plain import hidden_states_plain
 from .tokens import embed, trained_rows
@@ -99,7 +95,7 @@ def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
 
 
 def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
-    return lora_linear(x, projection.weight, projection.bias, projection.adapters)
+    return project(x, projection.weight, projection.bias, projection.adapters)
 
 
 def _rotary_table(
@@ -120,7 +116,7 @@ def head_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor, *, chun
     """-log p of `targets` [rows] after the hidden states [rows, width], as `pack_losses` gives them."""
     causal = causal_lm(model)
     weight, rows = _head(causal)
-    return linear_cross_entropy(
+    return cross_entropy(
         hidden,
         weight,
         targets.long().to(hidden.device),

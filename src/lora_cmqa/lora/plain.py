@@ -15,7 +15,7 @@ import torch
 from transformers import AttentionInterface
 
 from ..core import Pack
-from ..kernels.attention import packed_attention
+from ..kernels.table import packed_attention
 
 _NAME = "lora_cmqa_packed"
 

@@ -65,6 +65,8 @@ TEXT: dict[str, str] = {
     "not stand apart there); LoRA only. --trainable-tokens with their names trains their rows.",
     # train
     "train.no_shared_prefixes": "With dropout each row has masks of its own: what rows share is computed for each.",
+    "train.plain_kernel": "The fast {kernel} differs from its plain twin here ({device}, {dtype}: {found}); "
+    "the plain one is taken, slower, with the right result.",
     "train.plain_path": "The plain path trains this, slower, with the same result: {reason}.",
     "train.progress": "loss {loss}  {speed} tokens/s  {left} left  {memory} GiB",
     "train.evaluated": "step {step}: dev loss {loss}",

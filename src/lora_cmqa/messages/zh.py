@@ -62,6 +62,8 @@ TEXT: dict[str, str] = {
     "如要训练，请在 --trainable-tokens 中写出它们。",
     # train
     "train.no_shared_prefixes": "使用 dropout 时每行需要各自的掩码：共享的开头将逐行计算。",
+    "train.plain_kernel": "快速实现 {kernel} 在本机（{device}，{dtype}：{found}）与普通实现的结果不一致；"
+    "改用普通实现，较慢，结果正确。",
     "train.plain_path": "将用普通路径训练，较慢，结果相同：{reason}。",
     "train.progress": "损失 {loss}  {speed} 词元/秒  剩余 {left}  {memory} GiB",
     "train.evaluated": "第 {step} 步：验证损失 {loss}",

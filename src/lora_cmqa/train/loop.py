@@ -33,6 +33,7 @@ from ..data.template import ChatTemplate, EncodeReport
 from ..data.token_cache import encode_cached
 from ..errors import ConfigError, DataError, Interrupted, RunError
 from ..kernels.head import CHUNK
+from ..kernels.table import check_kernels
 from ..lora.adapter import WEIGHTS, adapter_files
 from ..lora.decoder import checkpoint_activations, token_losses, why_plain
 from ..lora.fingerprint import FILE as FINGERPRINT
@@ -580,6 +581,8 @@ def _inject(model: Any, config: Config, tokens: Sequence[int]) -> Any:
     )
     if reason := why_plain(wrapped):
         _tell(say("train.plain_path", reason=reason))
+    for kernel, found in check_kernels(weights.device, weights.dtype).items():
+        _tell(say("train.plain_kernel", kernel=kernel, found=found, device=weights.device, dtype=weights.dtype))
     return wrapped
 
 

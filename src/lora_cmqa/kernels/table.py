@@ -1,0 +1,149 @@
+"""The table that chooses: each fast function with its plain twin, and which of the two is called.
+
+    check_kernels(device, dtype)      small shapes, forward and backward, fast beside plain
+       rms_norm          1e-7         the fast one stays
+       packed_attention  nan          its plain twin is called from now on; the caller says so by name
+
+A kernel that is right on one machine may be wrong on another (a driver, a build of torch, a processor's own library);
+a wrong one would train in silence. So a run asks once, before its first step, on its own device and dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, ParamSpec
+
+import torch
+
+from . import attention, head, lora_linear, mlp, norm, rope
+
+P = ParamSpec("P")
+
+
+class Kernel(Generic[P]):
+    """Call it as the fast function. `plain` says that the twin answers."""
+
+    def __init__(
+        self, fast: Callable[P, torch.Tensor], twin: Callable[..., torch.Tensor], without: Sequence[str] = ()
+    ) -> None:
+        self.name, self.fast, self.twin, self.without = fast.__name__, fast, twin, without
+        self.plain = False
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+        if not self.plain:
+            return self.fast(*args, **kwargs)
+        return self.twin(*args, **{k: v for k, v in kwargs.items() if k not in self.without})
+
+
+rms_norm = Kernel(norm.rms_norm, norm.rms_norm_plain)
+rotate = Kernel(rope.rotate, rope.rotate_plain)
+gated = Kernel(mlp.gated, mlp.gated_plain)
+project = Kernel(lora_linear.lora_linear, lora_linear.lora_linear_plain)
+packed_attention = Kernel(attention.packed_attention, attention.packed_attention_plain)
+cross_entropy = Kernel(head.linear_cross_entropy, head.linear_cross_entropy_plain, without=("chunk",))
+KERNELS: tuple[Kernel[Any], ...] = (rms_norm, rotate, gated, project, packed_attention, cross_entropy)
+
+# Largest ||fast - plain|| / ||plain||. In 16 bits the twins round at different places, several times in a chain.
+_ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+def check_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Compare every fast function with its twin on `device` in `dtype`, and call the twin of each that differs.
+
+    Returns {name: what was found} of those; empty where all agree. Draws nothing from torch's own random state.
+    """
+    found = {}
+    for kernel in KERNELS:
+        reason = _differs(kernel, device, dtype)
+        kernel.plain = reason is not None
+        if reason is not None:
+            found[kernel.name] = reason
+    return found
+
+
+def _differs(kernel: Kernel[Any], device: torch.device, dtype: torch.dtype) -> str | None:
+    args, kwargs = _CASES[kernel](_Draw(device, dtype))
+    try:
+        fast = _run(kernel.fast, args, kwargs)
+    except Exception as e:  # whatever a build or a driver raises: the twin needs only plain operations
+        return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
+    plain = _run(kernel.twin, args, {k: v for k, v in kwargs.items() if k not in kernel.without})
+    error = max(_distance(a, b) for a, b in zip(fast, plain, strict=True))
+    return None if error <= _ALLOWED[dtype] else f"{error:.1e} > {_ALLOWED[dtype]:.0e}"  # nan compares as different
+
+
+def _run(function: Callable[..., torch.Tensor], args: Sequence[Any], kwargs: dict[str, Any]) -> list[torch.Tensor]:
+    """The result, and the gradients of all that asks for one."""
+    flat = [t for a in args for t in ([t for low in a for t in low[:2]] if isinstance(a, list) else [a])]
+    wanted = [t for t in flat if isinstance(t, torch.Tensor) and t.requires_grad]
+    out = function(*args, **kwargs)
+    upstream = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, wanted, upstream)]
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    a, b = a.double().cpu(), b.double().cpu()
+    error = float((a - b).norm() / b.norm())
+    return error if error == error else float("inf")
+
+
+# ---- small cases -----------------------------------------------------------------------------------------------------
+
+
+class _Draw:
+    """Random tensors from a generator of its own."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self.generator = torch.Generator().manual_seed(0)
+
+    def __call__(self, *shape: int, grad: bool = True, dtype: torch.dtype | None = None) -> torch.Tensor:
+        drawn = torch.randn(*shape, generator=self.generator, dtype=torch.float64)
+        return drawn.to(self.device, dtype or self.dtype).requires_grad_(grad)
+
+
+Case = tuple[Sequence[Any], dict[str, Any]]
+_TOKENS = 44  # of rows 20, 19 and 5: two are padded side by side, one stands alone
+
+
+def _norm_case(draw: _Draw) -> Case:
+    return (draw(_TOKENS, 64), draw(64, grad=False), 1e-6, 1.0), {}
+
+
+def _rotate_case(draw: _Draw) -> Case:
+    angle = draw(_TOKENS, 16, grad=False, dtype=torch.float64)
+    return (draw(_TOKENS, 6, 32), angle.cos().to(draw.dtype), angle.sin().to(draw.dtype)), {}
+
+
+def _gated_case(draw: _Draw) -> Case:
+    return (draw(_TOKENS, 2 * 96), "gelu_tanh"), {}
+
+
+def _project_case(draw: _Draw) -> Case:
+    exact = torch.promote_types(draw.dtype, torch.float32)
+    low = [
+        lora_linear.LowRank(draw(4, 64, dtype=exact), draw(stop - start, 4, dtype=exact), 0.5, start, stop)
+        for start, stop in ((0, 64), (64, 96))
+    ]
+    return (draw(_TOKENS, 64), draw(96, 64, grad=False), draw(96, grad=False), low), {}
+
+
+def _attention_case(draw: _Draw) -> Case:
+    q, k, v = draw(_TOKENS, 4, 32), draw(_TOKENS, 2, 32), draw(_TOKENS, 2, 32)
+    return (q, k, v, (20, 19, 5)), {"scale": 32**-0.5, "window": 12}
+
+
+def _head_case(draw: _Draw) -> Case:
+    targets = torch.arange(_TOKENS, device=draw.device) * 7
+    weight = (draw(1000, 64, grad=False) / 8).detach()
+    return (draw(_TOKENS, 64), weight, targets), {"chunk": 32}
+
+
+_CASES: dict[Kernel[Any], Callable[[_Draw], Case]] = {
+    rms_norm: _norm_case,
+    rotate: _rotate_case,
+    gated: _gated_case,
+    project: _project_case,
+    packed_attention: _attention_case,
+    cross_entropy: _head_case,
+}
