@@ -222,7 +222,9 @@ def table(line: dict[str, Any]) -> str:
         f"commit {line['commit'][:9]}, {line['date']}, load at the start {line['load_at_start']:.2f}"
     )
     if line["noisy"]:
-        head += "\nNOISY: other work ran beside the measurement, which makes these no figures to quote."
+        head += (
+            "\nNOISY: the machine was busy at the start, or ours did not get its processor time: no figures to quote."
+        )
     rows = ["| way | real tokens/s (least .. most) | MFU | memory GB | ours is |", "|---|---|---|---|---|"]
     mine = v["tokens_per_second"]["ours"]["median"]
     for way, rate in v["tokens_per_second"].items():
@@ -274,8 +276,8 @@ def bench(
     measurements = Measurements(work / f"train-{key}.jsonl", run)
     load_at_start = measurements.load_at_start()
     values = summary(all_rounds(args, measurements))
-    # Some ways leave processors idle by themselves; ours does not, so time that it did not get went to others.
-    noisy = load_at_start > 0.3 or values["processor_share"]["ours"]["least"] < 0.9
+    # Ours alone on two quiet cores has 0.91 of their time, the rest is Python between kernels; much less went to others.
+    noisy = load_at_start > 0.5 or (args.device == "cpu" and values["processor_share"]["ours"]["least"] < 0.85)
     about = environment(torch.device(args.device), torch.bfloat16)
     return {
         "bench": "train",
