@@ -276,7 +276,7 @@ def bench(
     measurements = Measurements(work / f"train-{key}.jsonl", run)
     load_at_start = measurements.load_at_start()
     values = summary(all_rounds(args, measurements))
-    # Ours alone on two quiet cores has 0.91 of their time, the rest is Python between kernels; much less went to others.
+    # Ours had 0.91 to 0.92 of two otherwise idle cores; much less means that others took some.
     noisy = load_at_start > 0.5 or (args.device == "cpu" and values["processor_share"]["ours"]["least"] < 0.85)
     about = environment(torch.device(args.device), torch.bfloat16)
     return {
