@@ -9,7 +9,9 @@ import pytest
 
 import lora_cmqa
 from lora_cmqa.cli import VERBS, main
+from lora_cmqa.config import settings
 from lora_cmqa.messages import en, zh
+from lora_cmqa.messages.zh_settings import settings_of
 
 FRONT_DOOR = {
     *("Chat", "CmqaError", "Config", "compare", "convert", "evaluate", "import_adapter", "inject_lora"),
@@ -41,6 +43,18 @@ def test_a_room_does_not_hide_the_function_of_its_name():
     assert lora_cmqa.train.__name__ == "train"
     assert lora_cmqa.evaluate.__name__ == "evaluate"
     assert not isinstance(lora_cmqa.train, type(sys))
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_setting_is_explained_in_chinese_too(verb):
+    explained = settings_of(verb)
+    assert [s.name for s in settings(VERBS[verb].args) if not explained.get(s.name)] == []
+
+
+def test_help_speaks_chinese(capsys):
+    with pytest.raises(SystemExit):
+        main(["--lang", "zh", "train", "--help"])
+    assert "学习率的峰值" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("code", ["import lora_cmqa", "from lora_cmqa.cli import main; main(['--help'])"])
