@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -433,7 +434,7 @@ print(peak() - before)
 @pytest.mark.parametrize("form", ["safetensors", "bin"])
 def test_memory_is_never_more_than_a_shard_above_the_model(form, tmp_path):
     """8 shards of 39 MB (embedding, six wide layers, head): loading holds the model and one shard. Converting holds one
-    read and one to be written, never the model; the allocator keeps up to two more that were freed."""
+    read and one to be written, never the model. (glibc is told to hand freed blocks back at once.)"""
     config = SEVEN_B | {"hidden_size": 128, "num_attention_heads": 1, "num_hidden_layers": 6, "vocab_size": 151936}
     folder, out = tmp_path / "v1", tmp_path / "out"
     folder.mkdir()
@@ -455,9 +456,10 @@ def test_memory_is_never_more_than_a_shard_above_the_model(form, tmp_path):
         16e6,
     )  # slack: pages of code touched for the first time
     assert smallest > 2 * slack
-    for what, most in (("load", size + largest), ("convert", 4 * largest)):
+    for what, most in (("load", size + largest), ("convert", 2 * largest)):
         command = [sys.executable, "-c", MEASURE, what, str(folder), str(out)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+        env = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120, env=env)
         used = int(done.stdout.split()[-1])
         print(f"{form} {what}: {used / 1e6:.1f} MB for {size / 1e6:.1f} MB in shards of {largest / 1e6:.1f} MB")
         assert used <= most + slack
