@@ -142,7 +142,7 @@ def test_rebase_after_convert(qwen_v1, native, reference, tmp_path):
     import_adapter(qwen_v1 / "adapter_chat", qwen_v1 / "qwen_v1_tiny", tmp_path / "on_v1")
     (tmp_path / "on_v1" / "chat_template.jinja").write_text("kept")
     report = rebase(tmp_path / "on_v1", native, tmp_path / "new")
-    assert report["same_base"] is False  # other files hold the same numbers
+    assert report["same_base"] is True  # other files hold the same numbers; converted_from.json says whose
     config = read_adapter_config(tmp_path / "new")
     assert config["base_model_name_or_path"] == str(native)
     assert (tmp_path / "new" / "chat_template.jinja").read_text() == "kept"
@@ -151,6 +151,9 @@ def test_rebase_after_convert(qwen_v1, native, reference, tmp_path):
     assert before == after
     check_logits(PeftModel.from_pretrained(load_model(native)[0], tmp_path / "new").eval(), reference, "chat_top")
     assert rebase(tmp_path / "new", native, tmp_path / "again")["same_base"] is True
+    stranger = copy(native, tmp_path / "stranger")
+    (stranger / "converted_from.json").unlink()
+    assert rebase(tmp_path / "on_v1", stranger, tmp_path / "unknown")["same_base"] is False
 
 
 def test_rebase_refuses_another_shape_and_a_full_folder(qwen_v1, native, tmp_path):

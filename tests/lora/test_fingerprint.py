@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from lora_cmqa.errors import AdapterError
-from lora_cmqa.lora.fingerprint import check_fingerprint, differences, fingerprint, write_fingerprint
+from lora_cmqa.errors import AdapterError, ModelError
+from lora_cmqa.lora.fingerprint import check_fingerprint, write_fingerprint
+from lora_cmqa.models.fingerprint import differences, fingerprint
 
 MIB = 1 << 20
 
@@ -83,5 +84,5 @@ def test_nothing_to_compare_with(run, base):
     with pytest.raises(AdapterError, match="no fingerprint"):
         check_fingerprint(run, base)
     (base / "config.json").unlink()
-    with pytest.raises(AdapterError, match=r"no config\.json"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         fingerprint(base)

@@ -582,8 +582,11 @@ def test_convert_writes_a_folder_that_plain_transformers_loads(original, tmp_pat
         assert np.abs(logits(plain, prompt["ids"]) - logits(model, prompt["ids"])).max() <= 1e-6
     assert plain.config.max_position_embeddings == 2048
     assert plain.generation_config.eos_token_id == [151645, 151643]
+    before = {p: p.stat().st_mtime_ns for p in out.iterdir()}
+    assert qwen1.convert(folder, out) == out  # the same again: nothing to do
+    assert {p: p.stat().st_mtime_ns for p in out.iterdir()} == before
     with pytest.raises(RunError, match="not empty"):
-        qwen1.convert(folder, out)
+        qwen1.convert(folder, out, num_hidden_layers=1)
     with pytest.raises(ModelError, match="'qwen2' is not Qwen v1"):
         qwen1.convert(out, tmp_path / "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["native"]

@@ -97,6 +97,19 @@ def test_so_with_a_cut_base_and_trained_rows(home: Path, qwen_v1: Path, capsys: 
 
 
 @pytest.mark.slow
+def test_whole_embedding_and_head_only_when_asked_and_with_the_price_first(
+    home: Path, qwen_v1: Path, capsys: Any
+) -> None:
+    run = trained(home, qwen_v1 / "qwen_v1_tiny", "whole", "--modules-to-save", "wte", "lm_head")
+    said = capsys.readouterr().err
+    # 2 matrices of 151,936 x 32 in float32: the copy, its gradient and two moments
+    price = said.index("modules_to_save wte lm_head: 9,723,904 more weights are trained, about 0.14 GiB")
+    assert price < said.index("weights are trained beside its")
+    assert json.loads((run / "adapter_config.json").read_text())["modules_to_save"] == ["embed_tokens", "lm_head"]
+    same_in_plain_peft(run, follow(printed_commands(said)))
+
+
+@pytest.mark.slow
 def test_every_verb(run: Path, home: Path, tmp_path: Path, qwen_v1: Path, capsys: Any, monkeypatch: Any) -> None:
     asked = iter(["头痛怎么办？", "/base", "发烧怎么办？"])
     monkeypatch.setattr("builtins.input", lambda _: next(asked, None) or (_ for _ in ()).throw(EOFError))

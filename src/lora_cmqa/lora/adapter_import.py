@@ -22,10 +22,11 @@ from ..errors import AdapterError
 from ..models import qwen1
 from ..models.cache import appears_complete
 from ..models.depth import check_layers
+from ..models.fingerprint import converted_from, differences, fingerprint
 from ..models.load import base_name, load_model, read_json, resolve
 from .adapter import CONFIG, WEIGHTS, check_depth, encode_adapter, load_adapter, read_adapter_config, read_tensors
 from .fingerprint import FILE as FINGERPRINT
-from .fingerprint import check_fingerprint, kept_layers, write_fingerprint
+from .fingerprint import fingerprinted, kept_layers, write_fingerprint
 from .inject import QWEN_V1_NAMES
 
 _PREFIX = "base_model.model."
@@ -90,18 +91,15 @@ def rebase(
     `adapter`'s own fingerprint notes is kept; `num_hidden_layers` notes one.
 
     Every tensor is checked against the new base (load_adapter). Whether both bases hold the same weights only their
-    fingerprints can say: `same_base` is False where they differ, as they do after `cmqa convert`.
+    fingerprints can say: `same_base` is True where they are equal, or where the new base says that it was converted
+    from the old one (converted_from.json); False where that is not known.
     """
     folder = Path(adapter)
     config = read_adapter_config(folder)
     kept = num_hidden_layers or kept_layers(folder)
     model, _ = load_model(new_base, dtype="auto", num_hidden_layers=kept)
     load_adapter(model, folder, allow_inert=True)
-    try:
-        check_fingerprint(folder, new_base)
-        same = True
-    except AdapterError:
-        same = False
+    same = _is_same_base(folder, resolve(new_base))
     with appears_complete(Path(out)) as made:
         for file in folder.iterdir():
             if file.is_file() and file.name not in (CONFIG, FINGERPRINT):
@@ -110,6 +108,15 @@ def rebase(
         (made / CONFIG).write_text(json.dumps(named, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         write_fingerprint(made, new_base, num_hidden_layers=kept)
     return {"out": str(out), "base": str(new_base), "before": config.get("base_model_name_or_path"), "same_base": same}
+
+
+def _is_same_base(adapter: Path, new_base: Path) -> bool:
+    place = fingerprinted(adapter)
+    if place is None:
+        return False
+    trained_on = read_json(place / FINGERPRINT, place)
+    source = converted_from(new_base)
+    return any(not differences(trained_on, base) for base in (fingerprint(new_base), source) if base is not None)
 
 
 # ---- in --------------------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from ..errors import AdapterError
 from ..models import qwen1
 from ..models.cache import appears_complete
 from ..models.depth import check_layers, layer_of
+from ..models.fingerprint import CONVERTED
 from ..models.load import DTYPES, check_weight_files, layers_of, load_model, read_json, resolve
 from .adapter import WEIGHTS, check_depth, load_adapter, read_adapter_config, read_tensors, refuse_code
 from .fingerprint import FILE as FINGERPRINT
@@ -259,7 +260,7 @@ def _refuse_quantised(base: Path) -> None:
 
 def _copy_beside(base: Path, run: Path, out: Path) -> None:
     """Tokenizer, template and stop ids: the base's, and over them what the run (above a checkpoint) carries."""
-    ours = {"config.json", _INDEX, CERTIFICATE, FINGERPRINT}
+    ours = {"config.json", _INDEX, CERTIFICATE, FINGERPRINT, CONVERTED}
     for pattern in _BESIDE:
         for file in base.glob(pattern):
             if file.is_file() and file.name not in ours:

@@ -34,6 +34,7 @@ from ..data.template import CHATML
 from ..errors import ModelError
 from .cache import appears_complete
 from .depth import check_layers, layer_of, refuse_more_layers
+from .fingerprint import CONVERTED, converted_from, fingerprint
 from .sizes import is_qwen1, with_late_keys
 from .tiny import byte_alphabet
 
@@ -486,7 +487,8 @@ def convert(source: str | Path, out: str | Path, dtype: str = "auto", *, num_hid
     """A Qwen v1 folder -> a native Qwen2 folder that any tool loads; returns `out`.
 
     Shard by shard, in the stored dtype (dtype "auto") or cast once; with `num_hidden_layers` only the first so many
-    layers. The native model is exact up to seq_length, which becomes its max_position_embeddings.
+    layers. The native model is exact up to seq_length, which becomes its max_position_embeddings. An `out` that holds
+    the same already is left as it is.
 
     Raises ModelError: not a Qwen v1 folder, a tensor that is missing or without a place; RunError: `out` is not empty.
     """
@@ -495,12 +497,16 @@ def convert(source: str | Path, out: str | Path, dtype: str = "auto", *, num_hid
         raise ModelError("no such folder", file=folder)
     v1 = read_config(folder)
     layers = check_layers(num_hidden_layers, v1.layers)
+    source_is = fingerprint(folder) | {"num_hidden_layers": layers, "asked_dtype": dtype}
+    if converted_from(out) == source_is:  # done already
+        return out
     with appears_complete(out) as made:
         config = native_config(v1, num_hidden_layers=layers)
         config.dtype = _write_shards(folder, made, v1, config, None if dtype == "auto" else getattr(torch, dtype))
         config.save_pretrained(made)
         native_generation_config(folder).save_pretrained(made)
         native_tokenizer(folder).save_pretrained(made)
+        (made / CONVERTED).write_text(json.dumps(source_is, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return out
 
 

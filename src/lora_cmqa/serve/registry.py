@@ -27,8 +27,8 @@ from ..engine.embedded import EmbeddedEngine
 from ..errors import AdapterError, TemplateError
 from ..lora.adapter import CONFIG, WEIGHTS
 from ..lora.fingerprint import FILE as FINGERPRINT
-from ..lora.fingerprint import differences
 from ..lora.low_rank import LowRank, adapter_digest, describe, low_rank_from_folder
+from ..models.fingerprint import differences
 
 _PROBE = (Message("user", "发烧怎么办？"),)
 _LONG = tuple(Message("user" if i % 2 == 0 else "assistant", "头痛") for i in range(63))

@@ -23,8 +23,8 @@ from ..data.template import ChatTemplate
 from ..engine.embedded import EmbeddedEngine
 from ..errors import ConfigError, ModelError
 from ..lora.adapter import CONFIG, read_adapter_config
-from ..lora.fingerprint import fingerprint
 from ..messages import say
+from ..models.fingerprint import fingerprint
 from ..models.load import BUILT_IN, load_model, resolve
 from .api import create_app, log
 from .keys import Keys

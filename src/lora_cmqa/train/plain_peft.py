@@ -23,13 +23,14 @@ def commands_for_plain_peft(model: ModelConfig, run: Path | None = None) -> tupl
     if is_qwen_v1(base):
         words: tuple[str, ...] = ("BASE", "NATIVE", "FOLDER", "NEW")
         if run is not None:
-            beside = (base, run.with_name(f"{base.name}-native"), run, run.with_name(f"{run.name}-native"))
+            native = f"{base.name}-native-{kept}" if cut else f"{base.name}-native"  # runs on one base share it
+            beside = (base, run.with_name(native), run, run.with_name(f"{run.name}-native"))
             words = tuple(shlex.quote(str(path)) for path in beside)
-        source, native, adapter, out = words
+        source, converted, adapter, out = words
         depth = f" --num-hidden-layers {kept}" if cut else ""
         return (
-            f"cmqa convert {source} --out {native}{depth}",
-            f"cmqa adapter rebase {adapter} --model {native} --out {out}",
+            f"cmqa convert {source} --out {converted}{depth}",
+            f"cmqa adapter rebase {adapter} --model {converted} --out {out}",
         )
     if cut:
         adapter, out = ("FOLDER", "NEW")
