@@ -124,7 +124,9 @@ def main() -> None:
 def write_line(bench: str, args: argparse.Namespace, settings: dict, packages: tuple[str, ...], values: dict) -> None:
     line = {
         "bench": bench,
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
+        ).stdout.strip(),
         "date": time.strftime("%Y-%m-%d"),
         "device": f"{platform.machine()}, CPU, {os.cpu_count()} cores",
         "versions": {name: version(name) for name in packages},
