@@ -29,17 +29,29 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[2]
 
 
+_seeds: list[int] = []  # the first whose best is not its last, on this processor
+
+
 @pytest.fixture
-def seven(settings):
+def seven(settings, tmp_path):
     """seven() -> settings of a run of 7 steps with dropout, a dev set, and a best that is not the last."""
-    return lambda **train: settings(max_steps=7, learning_rate=0.2, **train)
+
+    def make(**train):
+        return settings(**{"max_steps": 7, "learning_rate": 0.2, **train})
+
+    for seed in range(0 if _seeds else 20):
+        state = outcome(train(make(seed=seed, output_dir=str(tmp_path / f"seed-{seed}"))))["state"]
+        if 0 < state["best_global_step"] < 7:
+            _seeds.append(seed)
+            break
+    return lambda **train: make(**{"seed": _seeds[0], **train})
 
 
 @pytest.fixture
 def to_the_end(seven, tmp_path):
     """What it gives when nobody stops it."""
     ended = outcome(train(seven(output_dir=str(tmp_path / "whole"))))
-    assert ended["state"]["best_global_step"] == 6
+    assert 0 < ended["state"]["best_global_step"] < 7
     return ended
 
 
