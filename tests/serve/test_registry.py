@@ -1,5 +1,6 @@
 """Names, versions and aliases; what is refused at the door; what goes away comes back as bytes. Cases 24 to 34."""
 
+import itertools
 import json
 import os
 import struct
@@ -10,7 +11,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from lora_cmqa.errors import AdapterError
-from lora_cmqa.serve.registry import Registry, UnknownModel
+from lora_cmqa.serve.registry import Registry, UnknownModel, within
 from lora_cmqa.serve.server import open_service
 
 from .conftest import ASK, running, write_adapter
@@ -142,6 +143,24 @@ def test_case_32_a_malformed_adapter_is_refused_and_others_do_not_notice(stage, 
     assert refused.json()["error"]["message"]
     assert server.text("good") == good
     assert server.ask(kind).status_code == 404
+
+
+def test_a_template_without_end_leaves_no_thread_behind():
+    turns, ended = itertools.count(), []
+
+    def endless():
+        try:
+            for _ in turns:
+                pass
+        finally:
+            ended.append(True)
+
+    with pytest.raises(TimeoutError):
+        within(0.1, endless)
+    assert ended == [True]
+    assert within(5, lambda: "quick") == "quick"
+    with pytest.raises(ZeroDivisionError):
+        within(5, lambda: 1 / 0)
 
 
 def test_case_32_a_bad_adapter_found_at_start_is_listed_with_its_reason(adapters):

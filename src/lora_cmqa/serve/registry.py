@@ -11,19 +11,22 @@ A name that a client sends is looked up among the names found in the folder, so 
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import json
 import os
 import re
 import stat
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..core import Message
 from ..data.template import ChatTemplate
 from ..engine.embedded import EmbeddedEngine
+from ..engine.run import GENERATION, stored_stop_ids
 from ..errors import AdapterError, TemplateError
 from ..lora.adapter import CONFIG, WEIGHTS
 from ..lora.fingerprint import FILE as FINGERPRINT
@@ -35,6 +38,7 @@ _LONG = tuple(Message("user" if i % 2 == 0 else "assistant", "头痛") for i in 
 NAME = re.compile(r"[^\W_][\w.@-]{0,127}")  # letters of any script; no separator, no leading dot
 _MOST_CONFIG, _MOST_TEMPLATE, _MOST_CARD = 1 << 20, 1 << 16, 1 << 22  # bytes
 _TEMPLATE_SECONDS = 2.0
+T = TypeVar("T")
 
 
 class UnknownModel(AdapterError):
@@ -281,24 +285,45 @@ class Registry:
         text = file.read_text(encoding="utf-8")
         if text == self.template.jinja:
             return self.template
-        built: list[ChatTemplate | Exception] = []
 
-        def build() -> None:
-            try:
-                template = ChatTemplate.from_tokenizer(self.template.tokenizer, text)
-                template.encode_prompt(_LONG)
-                built.append(template)
-            except Exception as e:
-                built.append(e)
+        def build() -> ChatTemplate:
+            template = ChatTemplate.from_tokenizer(self.template.tokenizer, text)
+            template.encode_prompt(_LONG)
+            return template
 
-        thread = threading.Thread(target=build, daemon=True)
-        thread.start()
-        thread.join(_TEMPLATE_SECONDS)
-        if not built:
-            raise AdapterError(f"the chat template takes longer than {_TEMPLATE_SECONDS:g} s", file=file)
-        if isinstance(built[0], Exception):
-            raise AdapterError(str(built[0]), file=file)
-        return built[0]
+        try:
+            return within(_TEMPLATE_SECONDS, build)
+        except TimeoutError:
+            raise AdapterError(f"the chat template takes longer than {_TEMPLATE_SECONDS:g} s", file=file) from None
+        except Exception as e:
+            raise AdapterError(str(e), file=file) from None
+
+
+def within(seconds: float, work: Callable[[], T]) -> T:
+    """What `work` returns, or raises. Raises TimeoutError after `seconds`; `work` is then stopped at its next line of
+    Python: a thread left in an endless loop would take its share of the processor for as long as the server lives."""
+    done: list[T] = []
+    failed: list[Exception] = []
+
+    def run() -> None:
+        try:
+            done.append(work())
+        except Exception as e:
+            failed.append(e)
+        except SystemExit:  # sent below
+            pass
+
+    thread = threading.Thread(target=run, daemon=True, name=work.__qualname__)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        ident = ctypes.c_ulong(thread.ident or 0)
+        ctypes.pythonapi.PyThreadState_SetAsyncExc(ident, ctypes.py_object(SystemExit))
+        thread.join(seconds)
+        raise TimeoutError
+    if failed:
+        raise failed[0]
+    return done[0]
 
 
 def _plain_file(file: Path, most: int) -> None:
@@ -329,13 +354,6 @@ def _eval_card(folder: Path) -> dict[str, Any] | None:
 
 def _stop_ids(folder: Path) -> tuple[int, ...]:
     """Ids of generation_config.json beside the adapter; the engine's own end every answer besides."""
-    file = folder / "generation_config.json"
-    if not file.exists():
-        return ()
-    _plain_file(file, _MOST_CONFIG)
-    try:
-        stored = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-    except (ValueError, AttributeError) as e:
-        raise AdapterError(f"not readable JSON: {e}", file=file) from None
-    ids = stored if isinstance(stored, list) else [stored] if stored is not None else []
-    return tuple(i for i in ids if isinstance(i, int))
+    if (folder / GENERATION).exists():
+        _plain_file(folder / GENERATION, _MOST_CONFIG)
+    return stored_stop_ids(folder)
