@@ -17,13 +17,13 @@ import os
 import platform
 import random
 import resource
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from result_line import keep, result_line, versions
 
 from lora_cmqa.data.prepare import load_split, prepare
 from lora_cmqa.data.sources import read_cmqa
@@ -122,23 +122,16 @@ def main() -> None:
 
 
 def write_line(bench: str, args: argparse.Namespace, settings: dict, packages: tuple[str, ...], values: dict) -> None:
-    line = {
-        "bench": bench,
-        "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True
-        ).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"{platform.machine()}, CPU, {os.cpu_count()} cores",
-        "versions": {name: version(name) for name in packages},
-        "data": f"{args.rows} + {args.rows} rows made by edits from {args.source.name}",
-        "settings": settings,
-        "seed": args.seed,
-        "values": values,
-    }
-    results = Path(__file__).parent / "results" / "data.jsonl"
-    results.parent.mkdir(exist_ok=True)
-    with results.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    line = result_line(
+        bench,
+        values,
+        device=f"{platform.machine()}, CPU, {os.cpu_count()} cores",
+        versions=versions(*packages),
+        data=f"{args.rows} + {args.rows} rows made by edits from {args.source.name}",
+        settings=settings,
+        seed=args.seed,
+    )
+    keep(line, "data")
     print(json.dumps(values))
 
 

@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from result_line import keep, result_line, versions
 
 from lora_cmqa.config import Config, DataConfig, EvaluateConfig, LoraConfig, ModelConfig, TrainConfig
 from lora_cmqa.data.prepare import load_split
@@ -62,11 +61,6 @@ def measure(run: Path, data: Path, e: EvaluateConfig, name: str) -> tuple[dict[s
     return report, time.perf_counter() - started
 
 
-def _commit() -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
@@ -101,22 +95,17 @@ def main() -> None:
             values["same_bytes_twice"] = all(
                 (folders[0] / f).read_bytes() == (folders[1] / f).read_bytes() for f in FILES
             )
-        line = {
-            "bench": "evaluate",
-            "commit": _commit(),
-            "date": time.strftime("%Y-%m-%d"),
-            "device": f"{platform.machine()}, {torch.get_num_threads()} threads",
-            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "sacrebleu", "jieba")},
-            "data": f"{args.data.name}: {len(load_split(rows, 'train'))} {kind} training rows, one epoch",
-            "settings": {"model": args.model, "lora": {"r": 16, "lora_alpha": 32}, "train": {"learning_rate": 3e-4}}
+        line = result_line(
+            "evaluate",
+            values,
+            device=f"{platform.machine()}, {torch.get_num_threads()} threads",
+            versions=versions("torch", "transformers", "peft", "sacrebleu", "jieba"),
+            data=f"{args.data.name}: {len(load_split(rows, 'train'))} {kind} training rows, one epoch",
+            settings={"model": args.model, "lora": {"r": 16, "lora_alpha": 32}, "train": {"learning_rate": 3e-4}}
             | {"evaluate": report["signature"]["sizes"]},
-            "seed": args.seed,
-            "values": values,
-        }
-        results = Path(__file__).parent / "results" / "evaluate.jsonl"
-        results.parent.mkdir(exist_ok=True)
-        with results.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            seed=args.seed,
+        )
+        keep(line, "evaluate")
         print(json.dumps({"kind": kind, "verdict": report["verdict"], "seconds": round(seconds, 1)}))
 
 

@@ -17,7 +17,6 @@ import os
 import random
 import signal
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,11 +27,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from result_line import keep, result_line
 
 from lora_cmqa.config import Config, DataConfig, LoraConfig, ModelConfig, TrainConfig
+from lora_cmqa.data.files import sha256_of
 from lora_cmqa.train import loop
 from lora_cmqa.train.checkpoint import list_checkpoints
-from lora_cmqa.train.commit import sha256_of
 from lora_cmqa.train.run_folder import environment
 
 STEPS, SAVE_STEPS, EVAL_STEPS, ROWS = 12, 2, 2, 24
@@ -225,20 +225,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         values = kill_many(args.kills, args.seed, Path(folder))
     about = environment(torch.device("cpu"), torch.float32)
-    line = {
-        "bench": "kill",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": about["processor"],
-        "versions": about["versions"],
-        "data": f"{ROWS} made-up rows",
-        "settings": {"model": "tiny", "steps": STEPS, "save_steps": SAVE_STEPS, "eval_steps": EVAL_STEPS, "threads": 1},
-        "seed": args.seed,
-        "values": values | {"seconds": round(time.perf_counter() - started)},
-    }
-    results = Path(__file__).parent / "results" / "kill.jsonl"
-    with results.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(line, ensure_ascii=False) + "\n")
+    line = result_line(
+        "kill",
+        values | {"seconds": round(time.perf_counter() - started)},
+        device=about["processor"],
+        versions=about["versions"],
+        data=f"{ROWS} made-up rows",
+        settings={"model": "tiny", "steps": STEPS, "save_steps": SAVE_STEPS, "eval_steps": EVAL_STEPS, "threads": 1},
+        seed=args.seed,
+    )
+    keep(line, "kill")
     print(json.dumps(line["values"]))
     sys.exit(values["identical"] != values["kills"])
 

@@ -16,12 +16,11 @@ import json
 import platform
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent / "results" / "memory.jsonl"
+from result_line import commit, keep, kept, result_line, versions
 
 
 @dataclass(frozen=True)
@@ -184,17 +183,9 @@ def _resident(field: str) -> int:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
-def commit() -> str:
-    here = Path(__file__).parent
-    return subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=here
-    ).stdout.strip()
-
-
 def known() -> dict[str, dict[str, Any]]:
     """The newest line of each configuration."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    return {json.dumps(line["settings"], sort_keys=True): line for line in map(json.loads, lines)}
+    return {json.dumps(line["settings"], sort_keys=True): line for line in kept("memory")}
 
 
 def run() -> None:
@@ -209,18 +200,16 @@ def run() -> None:
         if child.returncode:
             print(f"{case}: {child.stderr.strip().splitlines()[-1]}", file=sys.stderr)
             continue
-        line = {
-            "bench": "memory",
-            "commit": now,
-            "date": time.strftime("%Y-%m-%d"),
-            "device": "cpu, " + platform.machine(),
-            "data": "random rows, two thirds taught",
-            "settings": asdict(case),
-            "seed": 0,
-            "values": json.loads(child.stdout.splitlines()[-1]),
-        }
-        with RESULTS.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        line = result_line(
+            "memory",
+            json.loads(child.stdout.splitlines()[-1]),
+            device="cpu, " + platform.machine(),
+            versions=versions("torch", "transformers", "peft"),
+            data="random rows, two thirds taught",
+            settings=asdict(case),
+            seed=0,
+        )
+        keep(line, "memory")
         print(f"{number:2} {line['values']['error']:+.1%}  {case}", flush=True)
 
 

@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import subprocess
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
+from result_line import keep, result_line, versions
 
 from lora_cmqa.data.prepare import load_split
 from lora_cmqa.data.template import ChatTemplate
@@ -29,11 +28,6 @@ from lora_cmqa.evaluate.ranking import (
     prompt_ids,
 )
 from lora_cmqa.models.load import load_model
-
-
-def _commit() -> str:
-    here = Path(__file__).parent
-    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True).stdout.strip()
 
 
 def main() -> None:
@@ -63,28 +57,24 @@ def main() -> None:
         seconds[name] = time.perf_counter() - started
     lengths = np.array([len(ids[a]) for c in sets for a in c.answers])
     weights = next(model.parameters())
-    line = {
-        "bench": "ranking",
-        "commit": _commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": f"{platform.machine()}, {weights.device.type}, {torch.get_num_threads()} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-        "data": f"{len(sets)} questions x {args.candidates} candidates of {args.data.name}, {lengths.sum()} tokens",
-        "settings": {"model": args.model, "dtype": str(weights.dtype).removeprefix("torch.")},
-        "seed": args.seed,
-        "values": {
-            "seconds_per_question": round(seconds["shared"] / len(sets), 3),
-            "seconds_per_question_plain": round(seconds["plain"] / len(sets), 3),
-            "ratio_vs_plain": round(seconds["plain"] / seconds["shared"], 2),
-            "answer_tokens_per_second": round(float(lengths.sum()) / seconds["shared"], 1),
-            "largest_difference_per_token": float(np.abs((scores["shared"] - scores["plain"]) / lengths).max()),
-        },
+    values = {
+        "seconds_per_question": round(seconds["shared"] / len(sets), 3),
+        "seconds_per_question_plain": round(seconds["plain"] / len(sets), 3),
+        "ratio_vs_plain": round(seconds["plain"] / seconds["shared"], 2),
+        "answer_tokens_per_second": round(float(lengths.sum()) / seconds["shared"], 1),
+        "largest_difference_per_token": float(np.abs((scores["shared"] - scores["plain"]) / lengths).max()),
     }
-    results = Path(__file__).parent / "results" / "ranking.jsonl"
-    results.parent.mkdir(exist_ok=True)
-    with results.open("a", encoding="utf-8") as f:
-        f.write(json.dumps(line, ensure_ascii=False) + "\n")
-    print(json.dumps(line["values"]))
+    line = result_line(
+        "ranking",
+        values,
+        device=f"{platform.machine()}, {weights.device.type}, {torch.get_num_threads()} threads",
+        versions=versions("torch", "transformers"),
+        data=f"{len(sets)} questions x {args.candidates} candidates of {args.data.name}, {lengths.sum()} tokens",
+        settings={"model": args.model, "dtype": str(weights.dtype).removeprefix("torch.")},
+        seed=args.seed,
+    )
+    keep(line, "ranking")
+    print(json.dumps(values))
 
 
 if __name__ == "__main__":

@@ -19,17 +19,16 @@ import platform
 import resource
 import shutil
 import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
+from result_line import keep, result_line, versions
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -46,7 +45,6 @@ from lora_cmqa.serve.server import open_service
 PROMPT = 58  # tokens: the mean of 32 cMedQA2 questions
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS, RANK = 8, 16
-RESULTS = Path(__file__).parent / "results" / "serve.jsonl"
 Side = Callable[[int], float]  # rows -> tokens a second
 
 
@@ -298,21 +296,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     values = measure_registry(args.registry) if args.registry else measure(args)
-    line = {
-        "bench": "serve-registry" if args.registry else "serve",
-        "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "device": {"processor": platform.processor() or platform.machine(), "threads": args.threads},
-        "versions": {n: version(n) for n in ("torch", "transformers", "peft")} | {"python": platform.python_version()},
-        "data": f"random prompts of {PROMPT} tokens, {ADAPTERS} random adapters of rank {RANK} on 7 linear layers",
-        "settings": {k: v for k, v in vars(args).items() if k != "dry"},
-        "seed": 0,
-        "values": values,
-    }
+    line = result_line(
+        "serve-registry" if args.registry else "serve",
+        values,
+        device={"processor": platform.processor() or platform.machine(), "threads": args.threads},
+        versions=versions("torch", "transformers", "peft"),
+        data=f"random prompts of {PROMPT} tokens, {ADAPTERS} random adapters of rank {RANK} on 7 linear layers",
+        settings={k: v for k, v in vars(args).items() if k != "dry"},
+        seed=0,
+    )
     print(json.dumps(line, ensure_ascii=False))
     if not args.dry:
-        with RESULTS.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        keep(line, "serve")
 
 
 if __name__ == "__main__":

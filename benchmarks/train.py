@@ -26,7 +26,6 @@ import os
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -35,12 +34,12 @@ from typing import Any
 import torch
 from peers import hf_loop, hf_trainer, ours
 from peers.setting import PEAK_SHAPES, TINY_SHAPES, Clock, Setting, load, operations, peak, peak_memory, read_rows
+from result_line import commit, keep, kept, result_line
 
 from lora_cmqa.models.load import DTYPES, computes_in_bfloat16
 from lora_cmqa.train.run_folder import environment
 
 HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "train.jsonl"
 SEARCH = tuple(f"hf-{precision}-{batch}" for precision in hf_loop.PRECISIONS for batch in hf_loop.BATCHES)
 OURS = ("ours", "ours-separate-rows", "ours-transformers-forward", "ours-float32")
 SHARED = ("several-answers", "several-answers-separate-rows")
@@ -270,28 +269,25 @@ def bench(
     args: argparse.Namespace, work: Path, run: Callable[[str, Setting], dict[str, Any]] = in_a_process
 ) -> dict[str, Any]:
     """The line of all rounds. `work` holds finished measurements and the load when the first began."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=HERE).stdout.strip()
     asked = {k: v for k, v in vars(args).items() if k not in ("dry", "table")}
-    key = hashlib.sha256(json.dumps([commit, asked], sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps([commit(), asked], sort_keys=True).encode()).hexdigest()[:12]
     measurements = Measurements(work / f"train-{key}.jsonl", run)
     load_at_start = measurements.load_at_start()
     values = summary(all_rounds(args, measurements))
     # Ours had 0.91 to 0.92 of two otherwise idle cores; much less means that others took some.
     noisy = load_at_start > 0.5 or (args.device == "cpu" and values["processor_share"]["ours"]["least"] < 0.85)
     about = environment(torch.device(args.device), torch.bfloat16)
-    return {
-        "bench": "train",
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-        "device": {"processor": about["processor"], "device": about["device"], "threads": args.threads},
-        "versions": about["versions"],
-        "data": args.data or "the embedded sample's training rows",
-        "settings": asked,
-        "seed": "the round's number",
-        "load_at_start": load_at_start,
-        "noisy": noisy,
-        "values": values,
-    }
+    return result_line(
+        "train",
+        values,
+        device={"processor": about["processor"], "device": about["device"], "threads": args.threads},
+        versions=about["versions"],
+        data=args.data or "the embedded sample's training rows",
+        settings=asked,
+        seed="the round's number",
+        load_at_start=load_at_start,
+        noisy=noisy,
+    )
 
 
 def main() -> None:
@@ -300,15 +296,14 @@ def main() -> None:
         return
     args = arguments()
     if args.table:
-        newest = {json.dumps(line["settings"]): line for line in map(json.loads, RESULTS.read_text().splitlines())}
+        newest = {json.dumps(line["settings"]): line for line in kept("train")}
         print("\n\n".join(map(table, newest.values())))
         return
     line = bench(args, Path("runs/bench"))
     if args.dry:
         print(json.dumps(line, ensure_ascii=False))
     else:
-        with RESULTS.open("a", encoding="utf-8") as f:
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+        keep(line, "train")
     print(table(line))
 
 

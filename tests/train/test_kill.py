@@ -14,6 +14,7 @@ FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "kill.py"
 
 @pytest.fixture
 def kill(monkeypatch):
+    monkeypatch.syspath_prepend(str(FILE.parent))
     spec = importlib.util.spec_from_file_location("kill", FILE)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "kill", module)

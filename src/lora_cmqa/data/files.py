@@ -9,6 +9,7 @@ folder, or when it is encrypted. A split archive (answers.z01, answers.zip) is r
 from __future__ import annotations
 
 import codecs
+import hashlib
 import io
 import re
 import struct
@@ -27,6 +28,12 @@ MAX_UNPACKED = 16 << 30  # bytes of one zip
 MAX_RATIO = 200  # unpacked / packed; text packs to about a third, ids to about a fifth
 _CHUNK = 1 << 20
 _FOLDERS_DEEP = 3
+
+
+def sha256_of(file: Path) -> str:
+    """Of a whole file on disk, hexadecimal."""
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ import numpy as np
 
 from ..core import Example, TokenizedExample
 from ..messages import say
+from .files import sha256_of
 from .template import ChatTemplate, EncodeReport, Reject, encode_all
 
 FORM = 1  # of the files; counts up when they or the encoding change
@@ -139,7 +140,7 @@ def _write(entry: Path, rows: Sequence[TokenizedExample], report: EncodeReport, 
             "report": dataclasses.asdict(report),
         }
         (temporary / "rows.json").write_text(json.dumps(about), encoding="utf-8")
-        sums = {p.name: _sha256(p) for p in sorted(temporary.iterdir())}
+        sums = {p.name: sha256_of(p) for p in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(sums), encoding="utf-8")
         for file in temporary.iterdir():
             with file.open("rb") as f:
@@ -160,7 +161,7 @@ def _load(entry: Path) -> tuple[TokenRows, EncodeReport] | None:
         return None
     try:
         sums = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
-        differing = [name for name, digest in sums.items() if _sha256(entry / name) != digest]
+        differing = [name for name, digest in sums.items() if sha256_of(entry / name) != digest]
         if differing or set(sums) != {"input_ids.npy", "labels.npy", "rows.json"}:
             raise ValueError(f"{', '.join(differing) or MANIFEST} differs from what was written")
         about = json.loads((entry / "rows.json").read_text(encoding="utf-8"))
@@ -195,8 +196,3 @@ def _prune(folder: Path, max_bytes: int, *, keep: str) -> None:
             break
         shutil.rmtree(path, ignore_errors=True)
         total -= size
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()

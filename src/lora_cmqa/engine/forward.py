@@ -22,8 +22,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..kernels.table import gated, rms_norm, rotate
-from ..lora.family import Block, Norm, Projection, Unsupported, read_body
+from ..kernels.head import shaped_logits
+from ..kernels.table import gated
+from ..lora.decoder import Table, logit_shape, normed, rotary_tables, turned_heads
+from ..lora.family import Block, Projection, Unsupported, read_body
 from ..lora.low_rank import LowRank
 from ..messages import say
 from .adapters import JOINED, Key, Prepared, Stack, prepare_joined
@@ -79,16 +81,10 @@ class Head:
 
     def __init__(self, causal: Any) -> None:
         self.module = causal.get_output_embeddings()
-        self._softcap = getattr(causal.config, "final_logit_softcapping", None)
-        self._scale = getattr(causal.config, "logit_scale", None)
+        self._shape = logit_shape(causal.config)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits = self.module(hidden.contiguous())
-        if self._scale is not None:
-            logits = logits * self._scale
-        if self._softcap is not None:
-            logits = torch.tanh(logits / self._softcap) * self._softcap
-        return logits
+        return shaped_logits(self.module(hidden.contiguous()), **self._shape)
 
 
 @dataclass(slots=True)
@@ -113,7 +109,7 @@ class _Step:
     slot_of_row: torch.Tensor  # [rows]; pad rows take slot 0's
     length: int  # cached positions read
     masks: dict[int | None, torch.Tensor]  # by window, [slots read, 1, 1, length], added to the scores
-    tables: dict[str | None, tuple[torch.Tensor, torch.Tensor]]
+    tables: dict[str | None, Table]
     groups: list[_Group]
 
 
@@ -261,11 +257,11 @@ class BatchForward:
         count, end = len(ids), start + len(ids)
         x = self.body.embedding(self._index(ids))
         positions = torch.arange(start, end, device=self.device)
-        tables = self._tables(x, positions)
+        tables = rotary_tables(self.body, x, positions)
         masks = self._chunk_masks(start, end)
         for i, block in enumerate(self.body.blocks):
-            qkv = self._project(_norm(x, block.before_attention), block.qkv, adapter, (i, "qkv"))
-            q, k, v = _heads(qkv, block, tables[block.rotary_kind])
+            qkv = self._project(normed(x, block.before_attention), block.qkv, adapter, (i, "qkv"))
+            q, k, v = turned_heads(qkv, block, tables[block.rotary_kind])
             keys, values = self._keys[i][slot], self._values[i][slot]
             keys[:, start:end], values[:, start:end] = k.transpose(0, 1), v.transpose(0, 1)
             mask = masks[block.window]
@@ -280,12 +276,12 @@ class BatchForward:
             seen = seen[0].transpose(0, 1).reshape(count, -1)
             if i == len(self.body.blocks) - 1:  # only the last token goes on
                 x, seen = x[-1:], seen[-1:]
-            x = x + _norm(self._project(seen, block.out, adapter, (i, "out")), block.after_attention)
+            x = x + normed(self._project(seen, block.out, adapter, (i, "out")), block.after_attention)
             inner = gated(
-                self._project(_norm(x, block.before_mlp), block.gate_up, adapter, (i, "gate_up")), block.activation
+                self._project(normed(x, block.before_mlp), block.gate_up, adapter, (i, "gate_up")), block.activation
             )
-            x = x + _norm(self._project(inner, block.down, adapter, (i, "down")), block.after_mlp)
-        return _norm(x, self.body.norm)
+            x = x + normed(self._project(inner, block.down, adapter, (i, "down")), block.after_mlp)
+        return normed(x, self.body.norm)
 
     def _chunk_masks(self, start: int, end: int) -> dict[int | None, torch.Tensor | None]:
         """None where plain causal attention over the chunk says it all."""
@@ -315,17 +311,17 @@ class BatchForward:
         ordered = [rows[i] for i in order]
         step, x = self._begin(ordered)
         for i, block in enumerate(self.body.blocks):
-            qkv = self._stacked(_norm(x, block.before_attention), block.qkv, step, (i, "qkv"))
-            q, k, v = _heads(qkv, block, step.tables[block.rotary_kind])
-            x = x + _norm(
+            qkv = self._stacked(normed(x, block.before_attention), block.qkv, step, (i, "qkv"))
+            q, k, v = turned_heads(qkv, block, step.tables[block.rotary_kind])
+            x = x + normed(
                 self._stacked(self._attend(q, k, v, block, i, step), block.out, step, (i, "out")), block.after_attention
             )
             inner = gated(
-                self._stacked(_norm(x, block.before_mlp), block.gate_up, step, (i, "gate_up")), block.activation
+                self._stacked(normed(x, block.before_mlp), block.gate_up, step, (i, "gate_up")), block.activation
             )
-            x = x + _norm(self._stacked(inner, block.down, step, (i, "down")), block.after_mlp)
+            x = x + normed(self._stacked(inner, block.down, step, (i, "down")), block.after_mlp)
         back = sorted(range(len(order)), key=order.__getitem__)
-        return _norm(x, self.body.norm)[self._index(back)]
+        return normed(x, self.body.norm)[self._index(back)]
 
     def _begin(self, rows: Sequence[Row]) -> tuple[_Step, torch.Tensor]:
         pad = self._row_count(len(rows)) - len(rows)
@@ -354,7 +350,7 @@ class BatchForward:
             slot_of_row=self._index(slots + [slots[0]] * pad),
             length=length,
             masks=masks,
-            tables=self._tables(x, F.pad(positions, (0, pad))),
+            tables=rotary_tables(self.body, x, F.pad(positions, (0, pad))),
             groups=self._groups(rows),
         )
         return step, x
@@ -402,35 +398,11 @@ class BatchForward:
     def _row_count(self, rows: int) -> int:
         return max(self.least_rows, _padded(rows, _TILE))
 
-    def _tables(self, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, tuple[torch.Tensor, torch.Tensor]]:
-        """cos, sin [tokens, head_dim / 2] by kind, from the model's own module. (It writes each twice.)"""
-        tables = {}
-        for kind in {b.rotary_kind for b in self.body.blocks}:
-            args = (x[None], positions[None]) if kind is None else (x[None], positions[None], kind)
-            cos, sin = self.body.rotary(*args)
-            half = cos.shape[-1] // 2
-            tables[kind] = cos[0, :, :half], sin[0, :, :half]
-        return tables
-
     def _added(self, seen: torch.Tensor) -> torch.Tensor:
         return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
-
-
-def _heads(
-    qkv: torch.Tensor, block: Block, table: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[rows, q + k + v] -> q [rows, heads, dim], k and v [rows, kv_heads, dim], q and k normed and turned."""
-    parts = qkv.view(len(qkv), -1, block.head_dim)
-    qk, v = parts.split([block.heads + block.kv_heads, block.kv_heads], dim=1)
-    q, k = rotate(_norm(qk, block.qk_norm), *table).split([block.heads, block.kv_heads], dim=1)
-    return q, k, v
-
-
-def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
-    return x if norm is None else rms_norm(x, norm.weight, norm.eps, norm.offset)
 
 
 def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:

@@ -13,6 +13,8 @@ from ..lora.adapter import load_adapter, read_adapter_config
 from ..lora.fingerprint import check_fingerprint, fingerprinted, kept_layers
 from ..models.load import load_model
 
+GENERATION = "generation_config.json"
+
 
 @dataclass(frozen=True)
 class OpenRun:
@@ -79,9 +81,20 @@ def _stop_ids(folder: Path, template: ChatTemplate) -> tuple[int, ...]:
     """What ends an answer: the ids stored with the adapter, and the template's own."""
     ids = set(template.stop_ids)
     for place in (folder, folder.parent):
-        file = place / "generation_config.json"
-        if file.is_file():
-            stored = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-            ids |= set(stored if isinstance(stored, list) else [stored] if stored is not None else [])
+        if (place / GENERATION).is_file():
+            ids |= set(stored_stop_ids(place))
             break
     return tuple(sorted(ids))
+
+
+def stored_stop_ids(folder: Path) -> tuple[int, ...]:
+    """The ends of an answer in `folder`'s generation_config.json; none where it has none. Raises AdapterError."""
+    file = folder / GENERATION
+    if not file.is_file():
+        return ()
+    try:
+        stored = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
+    except (ValueError, AttributeError) as e:
+        raise AdapterError(f"not readable JSON: {e}", file=file) from None
+    ids = stored if isinstance(stored, list) else [stored]
+    return tuple(i for i in ids if isinstance(i, int))

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..config import EvaluateConfig
 from ..core import Example
+from ..data.files import sha256_of
 from ..engine.run import OpenRun
 from ..lora.fingerprint import FILE as FINGERPRINT
 from . import overlap
@@ -39,10 +40,8 @@ def sign(
         "candidates_sha256": _hash([[c.question_id, c.answers, c.labels] for c in sets]) if sets else None,
         "probe_sha256": _hash([asdict(q) for q in probe.questions]) if probe else None,
         "probe_skipped": probe.skipped if probe else None,
-        "general_chat_sha256": hashlib.sha256(prompt_file("general_chat.jsonl")).hexdigest()
-        if e.general_chat
-        else None,
-        "red_flags_sha256": hashlib.sha256(prompt_file(RED_FLAGS_FILE)).hexdigest() if e.red_flags else None,
+        "general_chat_sha256": _hash_prompts("general_chat.jsonl") if e.general_chat else None,
+        "red_flags_sha256": _hash_prompts(RED_FLAGS_FILE) if e.red_flags else None,
         "adapter_sha256": _hash_file(opened.folder / "adapter_model.safetensors"),
         "base_fingerprint_sha256": _hash_file(opened.folder / FINGERPRINT),
         "dtype": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
@@ -67,10 +66,7 @@ def _hash_prompts(name: str) -> str:
 
 
 def _hash_file(file: Path) -> str | None:
-    if not file.is_file():
-        return None
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    return sha256_of(file) if file.is_file() else None
 
 
 def _version() -> str:

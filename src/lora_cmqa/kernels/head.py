@@ -141,7 +141,12 @@ def linear_cross_entropy_plain(
     """The definition: the weight with its rows, all logits at once, torch's cross_entropy."""
     if rows is not None:
         weight = weight.index_copy(0, rows.ids, rows.values.to(weight.dtype))
-    logits = F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32)) * scale
-    if softcap is not None:
-        logits = torch.tanh(logits / softcap) * softcap
-    return F.cross_entropy(logits, targets, reduction="none")
+    logits = F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
+    return F.cross_entropy(shaped_logits(logits, scale, softcap), targets, reduction="none")
+
+
+def shaped_logits(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Tensor:
+    """scale x logits, then softcap x tanh(logits / softcap), each where a family has it."""
+    if scale != 1.0:
+        logits = logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap

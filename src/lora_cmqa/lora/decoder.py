@@ -20,11 +20,13 @@ from peft.utils.other import TrainableTokensWrapper
 
 from ..core import Pack
 from ..errors import ModelError
-from ..kernels.head import CHUNK, TrainedRows
+from ..kernels.head import CHUNK, TrainedRows, shaped_logits
 from ..kernels.table import cross_entropy, gated, packed_attention, project, rms_norm, rotate
-from .family import Block, Norm, Projection, Unsupported, read_body
+from .family import Block, Body, Norm, Projection, Unsupported, read_body
 from .plain import hidden_states_plain
 from .tokens import embed, trained_rows
+
+Table = tuple[torch.Tensor, torch.Tensor]  # cos, sin, each [tokens, head_dim / 2]
 
 
 def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
@@ -36,9 +38,9 @@ def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
         return hidden_states_plain(causal, pack)
     device = causal.device
     keep = torch.from_numpy(pack.predict_at).long().to(device)
-    positions = torch.from_numpy(pack.position_ids).long().to(device)[None]
+    positions = torch.from_numpy(pack.position_ids).long().to(device)
     x = embed(body.embedding, torch.from_numpy(pack.input_ids).long().to(device))
-    tables = {kind: _rotary_table(body.rotary, x, positions, kind) for kind in {b.rotary_kind for b in body.blocks}}
+    tables = rotary_tables(body, x, positions)
     for block in body.blocks:
         last = block is body.blocks[-1]
         run = functools.partial(
@@ -49,7 +51,7 @@ def hidden_states(model: Any, pack: Pack) -> torch.Tensor:
             keep=keep if last else None,
         )
         x = block.checkpoint(run, x) if block.checkpoint and torch.is_grad_enabled() else run(x)
-    return _norm(x, body.norm)
+    return normed(x, body.norm)
 
 
 def why_plain(model: Any) -> str | None:
@@ -65,14 +67,12 @@ def _block(
     x: torch.Tensor,
     *,
     block: Block,
-    table: tuple[torch.Tensor, torch.Tensor],
+    table: Table,
     pack: Pack,
     keep: torch.Tensor | None,
 ) -> torch.Tensor:
     """[tokens, width] -> [tokens, width]; with `keep` only those rows go on after the attention: [keep, width]."""
-    qkv = _project(_norm(x, block.before_attention), block.qkv).view(len(x), -1, block.head_dim)
-    qk, v = qkv.split([block.heads + block.kv_heads, block.kv_heads], dim=1)
-    q, k = rotate(_norm(qk, block.qk_norm), *table).split([block.heads, block.kv_heads], dim=1)
+    q, k, v = turned_heads(_project(normed(x, block.before_attention), block.qkv), block, table)
     seen = packed_attention(
         q,
         k,
@@ -85,26 +85,35 @@ def _block(
     ).flatten(1)
     if keep is not None:
         x, seen = x[keep], seen[keep]
-    x = x + _norm(_project(seen, block.out), block.after_attention)
-    inner = gated(_project(_norm(x, block.before_mlp), block.gate_up), block.activation)
-    return x + _norm(_project(inner, block.down), block.after_mlp)
+    x = x + normed(_project(seen, block.out), block.after_attention)
+    inner = gated(_project(normed(x, block.before_mlp), block.gate_up), block.activation)
+    return x + normed(_project(inner, block.down), block.after_mlp)
 
 
-def _norm(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+def normed(x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
     return x if norm is None else rms_norm(x, norm.weight, norm.eps, norm.offset)
+
+
+def turned_heads(qkv: torch.Tensor, block: Block, table: Table) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[rows, q + k + v] -> q [rows, heads, dim], k and v [rows, kv_heads, dim], q and k normed and turned."""
+    qk, v = qkv.view(len(qkv), -1, block.head_dim).split([block.heads + block.kv_heads, block.kv_heads], dim=1)
+    q, k = rotate(normed(qk, block.qk_norm), *table).split([block.heads, block.kv_heads], dim=1)
+    return q, k, v
 
 
 def _project(x: torch.Tensor, projection: Projection) -> torch.Tensor:
     return project(x, projection.weight, projection.bias, projection.adapters)
 
 
-def _rotary_table(
-    rotary: Any, x: torch.Tensor, positions: torch.Tensor, kind: str | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos, sin [tokens, head_dim / 2] from the model's own module, which knows its scaling. (It writes each twice.)"""
-    cos, sin = rotary(x[None], positions) if kind is None else rotary(x[None], positions, kind)
-    half = cos.shape[-1] // 2
-    return cos[0, :, :half], sin[0, :, :half]
+def rotary_tables(body: Body, x: torch.Tensor, positions: torch.Tensor) -> dict[str | None, Table]:
+    """cos, sin [tokens, head_dim / 2] by kind, from the model's own module, which knows its scaling. (It writes each
+    twice.) x [tokens, width] gives dtype and device; positions [tokens]."""
+    tables = {}
+    for kind in {b.rotary_kind for b in body.blocks}:
+        cos, sin = body.rotary(x[None], positions[None], *([] if kind is None else [kind]))
+        half = cos.shape[-1] // 2
+        tables[kind] = cos[0, :, :half], sin[0, :, :half]
+    return tables
 
 
 def pack_losses(model: Any, pack: Pack, *, chunk: int = CHUNK) -> torch.Tensor:
@@ -121,9 +130,8 @@ def head_losses(model: Any, hidden: torch.Tensor, targets: torch.Tensor, *, chun
         weight,
         targets.long().to(hidden.device),
         chunk=chunk,
-        softcap=getattr(causal.config, "final_logit_softcapping", None),
-        scale=getattr(causal.config, "logit_scale", None) or 1.0,
         rows=rows,
+        **logit_shape(causal.config),
     )
 
 
@@ -136,9 +144,15 @@ def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
     if rows is not None:
         logits[:, rows.ids] = hidden @ rows.values.to(hidden.dtype).t()
     logits = logits.to(torch.promote_types(hidden.dtype, torch.float32))
-    logits *= getattr(causal.config, "logit_scale", None) or 1.0
-    softcap = getattr(causal.config, "final_logit_softcapping", None)
-    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+    return shaped_logits(logits, **logit_shape(causal.config))
+
+
+def logit_shape(config: Any) -> dict[str, Any]:
+    """What a family does to its logits, as `shaped_logits` and the head's loss take it."""
+    return {
+        "scale": getattr(config, "logit_scale", None) or 1.0,
+        "softcap": getattr(config, "final_logit_softcapping", None),
+    }
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ and merged answer the same golden prompts, and certificate.json says how far apa
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import shutil
@@ -23,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ..core import Message
+from ..data.files import sha256_of
 from ..data.template import ChatTemplate
 from ..errors import AdapterError
 from ..models import qwen1
@@ -100,11 +100,11 @@ def merge(
             "base": str(name),
             "base_fingerprint": fingerprint(base_folder),
             "base_fingerprint_checked": stored is not None,
-            "adapter_sha256": _sha256(folder / WEIGHTS),
+            "adapter_sha256": sha256_of(folder / WEIGHTS),
             "dtype": dtype or "as the base",
             "num_hidden_layers": kept,
             **_compare(native, folder, made, kept),
-            "files": {f.name: _sha256(f) for f in sorted(made.glob("*.safetensors"))},
+            "files": {f.name: sha256_of(f) for f in sorted(made.glob("*.safetensors"))},
         }
         shutil.rmtree(made / ".native", ignore_errors=True)
         (made / CERTIFICATE).write_text(json.dumps(certificate, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -270,11 +270,6 @@ def _copy_beside(base: Path, run: Path, out: Path) -> None:
             for file in folder.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, out / file.name)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # ---- the proof -------------------------------------------------------------------------------------------------------

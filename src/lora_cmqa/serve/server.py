@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ipaddress
-import json
 import signal
 import sys
 import time
@@ -21,6 +20,7 @@ import uvicorn
 
 from ..data.template import ChatTemplate
 from ..engine.embedded import EmbeddedEngine
+from ..engine.run import stored_stop_ids
 from ..errors import ConfigError, ModelError
 from ..lora.adapter import CONFIG, read_adapter_config
 from ..messages import say
@@ -125,7 +125,7 @@ def open_service(
     engine = EmbeddedEngine(
         loaded,
         tokenizer,
-        _stop_ids(folder, template),
+        sorted({*template.stop_ids, *stored_stop_ids(folder)}),
         max_batch=max_batch,
         load_adapter=lambda digest: registry.low_rank(digest),
         adapter_memory=adapter_memory,
@@ -177,15 +177,6 @@ def _base_of(root: Path | None) -> str:
     if name not in BUILT_IN and not Path(name).is_dir():
         raise ModelError(f"the adapters name the base {name!r}, which is not on this machine", hint=f"--model {name}")
     return name
-
-
-def _stop_ids(folder: Path, template: ChatTemplate) -> tuple[int, ...]:
-    ids = set(template.stop_ids)
-    file = folder / "generation_config.json"
-    if file.is_file():
-        stored = json.loads(file.read_text(encoding="utf-8")).get("eos_token_id")
-        ids |= set(stored if isinstance(stored, list) else [stored] if stored is not None else [])
-    return tuple(sorted(ids))
 
 
 def _is_loopback(host: str) -> bool:

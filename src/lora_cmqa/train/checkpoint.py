@@ -27,10 +27,11 @@ import torch
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save
 
+from ..data.files import sha256_of
 from ..errors import ResourceError, RunError
 from ..lora.adapter import CONFIG, WEIGHTS, adapter_files, read_tensors
 from ..lora.inject import lora_parameters
-from .commit import MANIFEST, commit_folder, is_disk_error, is_out_of_space, remove_folder, sha256_of
+from .commit import MANIFEST, commit_folder, is_disk_error, is_out_of_space, remove_folder
 from .optim import Schedule, optimizer_tensors, restore_optimizer
 
 OPTIMIZER, SCHEDULER, RNG = "optimizer.safetensors", "scheduler.json", "rng_state.json"

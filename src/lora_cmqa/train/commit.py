@@ -18,6 +18,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ..data.files import sha256_of
 from ..errors import ResourceError
 
 MANIFEST = "manifest.json"
@@ -121,11 +122,6 @@ def _errno_of(error: BaseException) -> int | None:
         return error.errno
     found = re.search(r"os error (\d+)", str(error))  # how Rust names it inside SafetensorError
     return int(found.group(1)) if found else None
-
-
-def sha256_of(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def sync_folder(folder: Path) -> None:
