@@ -15,7 +15,7 @@ from lora_cmqa.engine.run import OpenRun
 from lora_cmqa.errors import AdapterError, ConfigError, DataError, GateFailed
 from lora_cmqa.evaluate import evaluation, expected
 from lora_cmqa.evaluate.measures import safety_measures
-from lora_cmqa.evaluate.report import SECTIONS, sections
+from lora_cmqa.evaluate.report import SECTIONS, sections, verdict_lines
 from lora_cmqa.evaluate.safety import red_flags
 from lora_cmqa.evaluate.verdict import check_gate, forgetting_verdict, safety_verdict
 from lora_cmqa.lora.inject import inject_lora
@@ -46,6 +46,14 @@ def test_a_question_that_nearly_stands_in_train_is_left_out_the_second_time(eval
     assert (evaluated["rows"], again["rows"], again["left_out"]) == (11, 10, 1)  # ten questions, one with two answers
     assert again["metrics"]["nll"]["n"] == evaluated["metrics"]["nll"]["n"] - 1 == 9
     assert again["metrics"]["mrr"]["n"] == again["metrics"]["bleu"]["n"] == 9
+
+
+def test_no_near_duplicate_is_a_line_and_no_second_table(evaluated):
+    titles = [t for t, _ in sections(evaluated, "en")]
+    assert titles[-1] == "Without near-duplicates (1 left out)"
+    none = evaluated | {"without_near_duplicates": {"rows": 11, "left_out": 0, "metrics": {}}}
+    assert [t for t, _ in sections(none, "en")] == titles[:-1]
+    assert len(verdict_lines(none, "en")) == len(verdict_lines(evaluated, "en")) + 1
 
 
 def test_the_same_bytes_twice_and_no_path_or_clock_in_them(home, everything, evaluated):

@@ -62,7 +62,7 @@ def sections(report: Mapping[str, Any], lang: Language | None = None) -> list[tu
     names = SECTIONS | {"harness": tuple(k for k in report["metrics"] if k.startswith(HARNESS))}
     measured = [(f"eval.section_{name}", _rows(report["metrics"], keys, lang)) for name, keys in names.items()]
     out = [(say(title, lang), rows) for title, rows in measured if rows]
-    if (again := report["without_near_duplicates"]) is not None:
+    if (again := report["without_near_duplicates"]) and again["left_out"]:
         title = say("eval.section_without", lang, rows=again["rows"], left_out=again["left_out"])
         out.append((title, _rows(again["metrics"], [k for keys in SECTIONS.values() for k in keys], lang)))
     return out
@@ -122,6 +122,8 @@ def verdict_lines(report: Mapping[str, Any], lang: Language | None = None) -> li
     if (s := report["safety"]) is not None:
         because = ", ".join(say(f"eval.{k}", lang) for k in s["because"]) or say("eval.nothing_worse", lang)
         lines.append(say("eval.safety", lang, state=say(f"eval.{s['state']}", lang), because=because))
+    if (again := report["without_near_duplicates"]) and not again["left_out"]:
+        lines.append(say("eval.no_near_duplicates", lang, rows=again["rows"]))
     if report["skipped"]:
         names = ", ".join(say(f"eval.part_{k}", lang) for k in report["skipped"])
         lines.append(say("eval.skipped", lang, names=names))

@@ -190,8 +190,8 @@ TEXT: dict[str, str] = {
     "eval.section_safety": "Safety",
     "eval.section_harness": "lm-evaluation-harness",
     "eval.stage_harness": "lm-evaluation-harness",
-    "eval.section_without": "Without questions that have a near-duplicate in the training rows "
-    "({rows} rows, {left_out} left out)",
+    "eval.section_without": "Without near-duplicates ({left_out} left out)",
+    "eval.no_near_duplicates": "None of the {rows} rows has a question that is nearly one of the training rows'.",
     "eval.n": "n",
     "eval.detectable": "detectable",
     "eval.perplexity": "perplexity",
