@@ -19,6 +19,7 @@ from lora_cmqa.core import Message
 from lora_cmqa.data.template import ChatTemplate
 from lora_cmqa.engine.base import Request
 from lora_cmqa.engine.embedded import EmbeddedEngine
+from lora_cmqa.engine.plain import as_cache
 from lora_cmqa.engine.sampling import SamplingParams
 from lora_cmqa.errors import ModelError, RunError
 from lora_cmqa.models import qwen1
@@ -144,6 +145,20 @@ def test_padded_rows_count_by_their_own_length(original):
     computed = logits(model, batch["input_ids"], attention_mask=mask.long())
     for row in range(len(computed)):
         assert difference(arrays, f"batch{row}", computed[row]) <= TOLERANCE
+
+
+def test_padded_rows_count_on_after_what_is_cached(original):
+    model, _, reference, _, _ = original
+    batch = reference["batch_left_padded"]
+    ids, mask = torch.tensor(batch["input_ids"]), torch.tensor(batch["attention_mask"])
+    whole = model(ids, attention_mask=mask, use_cache=False).logits[:, -1]
+    begun = model(ids[:, :-3], attention_mask=mask[:, :-3], use_cache=True)
+    rest = model(ids[:, -3:], attention_mask=mask, **as_cache(model, begun_cache(begun))).logits[:, -1]
+    torch.testing.assert_close(rest, whole, atol=1e-4, rtol=0)
+
+
+def begun_cache(output):
+    return output["cache" if "cache" in output else "past_key_values"]
 
 
 def shorter(folder: Path, out: Path, seq_length: int) -> Path:

@@ -7,6 +7,7 @@ time, with the adapter's change added by a hook on each linear layer.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -54,8 +55,8 @@ class PlainForward:
             hidden = self._body(
                 input_ids=torch.tensor([list(ids)], device=self.device),
                 position_ids=place,
-                past_key_values=self._caches[slot],
                 use_cache=True,
+                **as_cache(self._body, self._caches[slot]),
             ).last_hidden_state
             return self.head(hidden[0, -1:])  # here, not in `logits`: an adapter may have trained the head
 
@@ -80,6 +81,11 @@ class PlainForward:
             for path, pair in (adapter.pairs if adapter is not None else {}).items():
                 stack.callback(self._modules[path].register_forward_hook(_adding(pair)).remove)
             yield
+
+
+def as_cache(body: Any, cache: DynamicCache) -> dict[str, DynamicCache]:
+    """`cache` as the keyword that this body knows: transformers 5.24 renamed `past_key_values` to `cache`."""
+    return {"cache" if "cache" in inspect.signature(body.forward).parameters else "past_key_values": cache}
 
 
 def _adding(pair: Pair) -> Any:

@@ -25,6 +25,7 @@ import torch
 
 from ..core import IGNORE, Example, Message
 from ..data.template import ChatTemplate, encode_all
+from ..engine.plain import as_cache
 from ..errors import DataError
 from ..lora.decoder import causal_lm, head_losses
 
@@ -223,9 +224,8 @@ def answer_log_probs(
     device = causal.get_input_embeddings().weight.device
     body = causal.get_decoder()
     cache = DynamicCache(config=body.config)
-    first = body(
-        input_ids=torch.tensor([list(prefix)], device=device), past_key_values=cache, use_cache=True
-    ).last_hidden_state[:, -1:]
+    ids = torch.tensor([list(prefix)], device=device)
+    first = body(input_ids=ids, use_cache=True, **as_cache(body, cache)).last_hidden_state[:, -1:]
     scores = np.zeros(len(answers))
     for group in _groups([len(a) for a in answers], max_tokens):
         rows = [torch.from_numpy(answers[i].astype(np.int64)) for i in group]
@@ -239,8 +239,8 @@ def answer_log_probs(
             after = body(
                 input_ids=targets[:, :-1].to(device),
                 position_ids=places[None].expand(len(rows), -1),
-                past_key_values=branch,
                 use_cache=True,
+                **as_cache(body, branch),
             ).last_hidden_state
             hidden = torch.cat([hidden, after], dim=1)
         losses = head_losses(model, hidden[real.to(device)], targets[real]).double().cpu()

@@ -363,7 +363,7 @@ def _positions_of_padded_rows(module: nn.Module, args: Any, kwargs: dict[str, An
     """Rows of a padded batch count by their own lengths: transformers alone would count the padding too."""
     mask = kwargs.get("attention_mask")
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and kwargs.get("position_ids") is None:
-        cache = kwargs.get("past_key_values")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name until transformers 5.24
         seen = cache.get_seq_length() if cache is not None else 0
         kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
         kwargs["position_ids"] = kwargs["position_ids"].masked_fill(mask[:, seen:] == 0, 0)
