@@ -1,4 +1,4 @@
-"""The card these tests run on. CMQA_GPU_TESTS_ON=cpu runs what is not CUDA's own on the processor, to see that they work."""
+"""The card of these tests. CMQA_GPU_TESTS_ON=cpu: those that are not CUDA's own run on the processor, to be seen to work."""
 
 import os
 

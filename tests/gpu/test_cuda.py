@@ -5,6 +5,8 @@ float32 on both sides (TF32 off, torch's default), so a difference is an error a
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -91,8 +93,9 @@ def test_many_requests_answer_as_alone_and_as_on_the_processor(device, kind):
 
 def test_a_walk_from_rows_to_a_merged_model(device, tmp_path, capsys):
     rows = tmp_path / "rows.jsonl"
-    line = '{"messages": [{"role": "user", "content": "头痛第%d天？"}, {"role": "assistant", "content": "多休息，必要时就医。"}]}\n'
-    rows.write_text("".join(line % i for i in range(24)), encoding="utf-8")
+    turns = [[("user", f"头痛第{i}天？"), ("assistant", "多休息，必要时就医。")] for i in range(24)]
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in turn]}) for turn in turns]
+    rows.write_text("\n".join(lines), encoding="utf-8")
     run, at = str(tmp_path / "run"), ["--device", device.type]
     train = ["train", "--model", "tiny-qwen3", "--data", str(rows), "--output-dir", run, "--max-steps", "3", *at]
     assert main([*train, "--per-device-train-batch-size", "4", "--gradient-accumulation-steps", "1", "--r", "4"]) == 0
