@@ -123,7 +123,7 @@ class _Clock(StoppingCriteria):
 
 def theirs(model: Any, tokens: int, names: Sequence[str] | None = None) -> Side:
     def run(rows: int) -> float:
-        ids, clock = torch.tensor(prompts(rows, model.config.vocab_size)), _Clock()
+        ids, clock = torch.tensor(prompts(rows, model.config.vocab_size), device=model.device), _Clock()
         more = {"adapter_names": [names[i % len(names)] for i in range(rows)]} if names else {}
         with torch.inference_mode():
             model.generate(
@@ -144,7 +144,7 @@ def switching(model: Any, tokens: int, names: Sequence[str]) -> Side:
     """One request after the other, set_adapter before each; the whole time counts."""
 
     def run(rows: int) -> float:
-        ids = torch.tensor(prompts(rows, model.config.vocab_size))
+        ids = torch.tensor(prompts(rows, model.config.vocab_size), device=model.device)
         began = time.perf_counter()
         for i in range(rows):
             model.set_adapter(names[i % len(names)])
@@ -204,7 +204,7 @@ def paired(left: Side, right: Side, rows: int, rounds: int) -> dict[str, Any]:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    model, tokenizer = load_model(args.model, dtype=args.dtype)
+    model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     names = [f"adapter-{i}" for i in range(ADAPTERS)]
     pairs = {n: random_adapter(model, i) for i, n in enumerate(names)}
     base = EmbeddedEngine(model, tokenizer, (), prefix_memory=0)
@@ -212,7 +212,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     peer, merged = copy.deepcopy(model), copy.deepcopy(model)
     for path, pair in pairs[names[0]].items():
         weight = merged.get_submodule(path).weight
-        weight.data += (pair.b @ pair.a).to(weight.dtype)
+        weight.data += (pair.b @ pair.a).to(weight)
     one = EmbeddedEngine(merged, tokenizer, (), prefix_memory=0)
     tokens = args.tokens
     base_only, mixed = ours(base, [None], tokens), ours(loaded, names, tokens)
@@ -287,6 +287,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=24, help="decode steps timed in a round")
     parser.add_argument("--threads", type=int, default=2)
@@ -299,7 +300,9 @@ def main() -> None:
     line = result_line(
         "serve-registry" if args.registry else "serve",
         values,
-        device={"processor": platform.processor() or platform.machine(), "threads": args.threads},
+        device=torch.cuda.get_device_name()
+        if args.device.startswith("cuda")
+        else {"processor": platform.processor() or platform.machine(), "threads": args.threads},
         versions=versions("torch", "transformers", "peft"),
         data=f"random prompts of {PROMPT} tokens, {ADAPTERS} random adapters of rank {RANK} on 7 linear layers",
         settings={k: v for k, v in vars(args).items() if k != "dry"},

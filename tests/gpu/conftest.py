@@ -1,4 +1,4 @@
-"""The card of these tests. CMQA_GPU_TESTS_ON=cpu: those that are not CUDA's own run on the processor, to be seen to work."""
+"""The card of these tests. With CMQA_GPU_TESTS_ON=cpu those that are not CUDA's own run on the processor."""
 
 import os
 
