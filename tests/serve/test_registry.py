@@ -145,7 +145,7 @@ def test_case_32_a_malformed_adapter_is_refused_and_others_do_not_notice(stage, 
     assert server.ask(kind).status_code == 404
 
 
-def test_a_template_without_end_leaves_no_thread_behind():
+def test_case_08_a_template_without_end_leaves_no_thread_behind():
     turns, ended = itertools.count(), []
 
     def endless():
