@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, Response, StreamingResponse
+from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from prometheus_client import generate_latest
 from starlette.exceptions import HTTPException
 
@@ -28,7 +28,7 @@ from ..errors import AdapterError, CmqaError, ConfigError, ResourceError, Templa
 from ..messages import say
 from .notice import emergency_notice, language_of, urgency
 from .registry import UnknownModel
-from .schema import AliasBody, ChatBody, CompareBody, CompletionBody, LoadBody, first_problem
+from .schema import AliasBody, ChatBody, CompareBody, CompletionBody, ErrorBody, LoadBody, first_problem
 from .service import Answer, Draining, Service
 from .worker import QueueFull, Stopped
 
@@ -81,7 +81,8 @@ def error_of(error: BaseException) -> tuple[int, dict[str, Any]]:
 
 def create_app(service: Service) -> FastAPI:
     """The application; `service.worker` must run while it is used."""
-    app = FastAPI(title="lora-cmqa", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
+    refused: dict[int | str, dict[str, Any]] = {"4XX": {"model": ErrorBody}, "5XX": {"model": ErrorBody}}
+    app = FastAPI(title="lora-cmqa", docs_url=None, redoc_url=None, openapi_url="/openapi.json", responses=refused)
     app.add_middleware(Gate, service=service)
     _add_errors(app, service)
     _add_status(app, service)
@@ -223,16 +224,16 @@ def _add_errors(app: FastAPI, service: Service) -> None:
 
 
 def _add_status(app: FastAPI, service: Service) -> None:
-    @app.get("/livez")
+    @app.get("/livez", responses={500: {"description": "The engine's thread has ended"}})
     async def livez() -> JSONResponse:
         return JSONResponse({"alive": service.worker.alive}, 200 if service.worker.alive else 500)
 
-    @app.get("/readyz")
+    @app.get("/readyz", responses={503: {"description": "Draining, or the engine's thread has ended"}})
     async def readyz() -> JSONResponse:
         ready = service.worker.alive and not service.draining
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=PlainTextResponse)
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type="text/plain; version=0.0.4")
 
@@ -254,9 +255,9 @@ def _add_page(app: FastAPI, path: str, name: str) -> None:
 
 
 def _add_answers(app: FastAPI, service: Service) -> None:
-    failures: dict[int | str, dict[str, Any]] = {s: {} for s in (400, 401, 404, 409, 413, 415, 429, 503, 504)}
+    streams: dict[int | str, dict[str, Any]] = {200: {"content": {"text/event-stream": {}}}}
 
-    @app.post("/v1/chat/completions", responses=failures)
+    @app.post("/v1/chat/completions", responses=streams)
     async def chat(body: ChatBody, request: Request) -> Any:
         more = {
             "max_new_tokens": body.max_completion_tokens,
@@ -270,7 +271,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         await _finish(service, answers, request)
         return head.whole([_chat_choice(service, head, i, a) for i, a in enumerate(answers)])
 
-    @app.post("/v1/completions", responses=failures)
+    @app.post("/v1/completions", responses=streams)
     async def completions(body: CompletionBody, request: Request) -> Any:
         prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
         if len(prompts) * body.n > service.limits.answers:
@@ -287,7 +288,7 @@ def _add_answers(app: FastAPI, service: Service) -> None:
         await _finish(service, answers, request)
         return head.whole([_text_choice(service, i, a) for i, a in enumerate(answers)])
 
-    @app.post("/v1/compare", responses=failures)
+    @app.post("/v1/compare", responses=streams)
     async def compare(body: CompareBody, request: Request) -> Any:
         """Base and adapters on one question, in one batch. As events: {"index", "delta"} ... until [DONE]."""
         if body.n != 1:

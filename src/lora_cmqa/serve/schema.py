@@ -14,6 +14,19 @@ Text = Annotated[StrictStr, Field(max_length=200_000)]
 Name = Annotated[StrictStr, Field(min_length=1, max_length=4096)]
 
 
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """What every refusal and every failure looks like: OpenAI's form."""
+
+    error: ErrorDetail
+
+
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
