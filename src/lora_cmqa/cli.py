@@ -175,6 +175,8 @@ class ServeArgs:
     """File of lines `user KEY` and `admin KEY`."""
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    num_hidden_layers: int | None = None
+    """Depth that the base is cut to; default: what the adapters' fingerprint.json say."""
     max_batch: int = 32
     """Requests computed at once; others wait."""
     adapter_memory: str = "1GiB"
@@ -372,6 +374,7 @@ def run_serve(args: ServeArgs) -> Result:
         api_keys=args.api_keys,
         device=args.device,
         dtype=args.dtype,
+        num_hidden_layers=args.num_hidden_layers,
         max_batch=args.max_batch,
         adapter_memory=bytes_of(args.adapter_memory, "adapter-memory"),
         prefix_memory=bytes_of(args.prefix_memory, "prefix-memory"),

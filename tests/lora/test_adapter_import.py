@@ -116,6 +116,8 @@ def copy(source, target):
         (lambda t: [t.pop(k) for k in list(t) if ".h.3." in k], "the adapter has 3 layers, the base 4"),
         (lambda t: t.update({k.replace(".h.3.", ".h.4."): v for k, v in t.items() if ".h.3." in k}), "5 layers"),
         (lambda t: t.pop(next(k for k in t if "c_attn.lora_B" in k)), "has no lora_B"),
+        (lambda t: [t.pop(k) for k in list(t) if "mlp.w1" in k], "target_modules declares mlp.up_proj"),
+        (lambda t: [t.pop(k) for k in list(t) if "attn.c_proj" in k], "declares self_attn.o_proj"),
         (lambda t: t.update({"base_model.model.transformer.h.0.attn.c_new.lora_A.weight": torch.ones(1)}), "no place"),
         (lambda t: t.update({k: v[:, :-1] for k, v in t.items() if "c_attn.lora_A" in k}), "need"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.ones(4, 4)}), "not declared"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
+from lora_cmqa.cli import main
 from lora_cmqa.core import Message
 from lora_cmqa.data.template import ChatTemplate
 from lora_cmqa.engine.base import Request
@@ -22,6 +24,7 @@ from lora_cmqa.engine.embedded import EmbeddedEngine
 from lora_cmqa.engine.plain import as_cache
 from lora_cmqa.engine.sampling import SamplingParams
 from lora_cmqa.errors import ModelError, RunError
+from lora_cmqa.evaluate.ranking import answer_log_probs
 from lora_cmqa.models import qwen1
 from lora_cmqa.models.load import chat_format, load_model
 from lora_cmqa.models.sizes import QWEN1_EARLY_KEYS, shape_of
@@ -227,6 +230,64 @@ def test_packed_rows_equal_the_same_rows_alone_above_seq_length(qwen_v1, tmp_pat
     torch.testing.assert_close(packed, alone, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("question", [150, 100])  # above seq_length, and beyond it only with the answer
+def test_candidates_above_seq_length_are_ranked_as_the_whole_rows_say(question, qwen_v1, tmp_path):
+    model = qwen1.load(shorter(qwen_v1 / "qwen_v1_tiny", tmp_path / "s128", 128), torch.float64)
+    rng = np.random.default_rng(1)
+    prefix = rng.integers(0, 151643, question).tolist()
+    answers = [rng.integers(0, 151643, n) for n in (60, 12, 40)]
+    ranked = answer_log_probs(model, prefix, answers)
+    for answer, ours in zip(answers, ranked, strict=True):
+        row = [*prefix, *answer.tolist()]
+        log_p = torch.from_numpy(logits(model, row)[0, question - 1 : -1]).log_softmax(-1)
+        alone = log_p.gather(1, torch.from_numpy(answer)[:, None]).sum().item()
+        assert ours == pytest.approx(alone, abs=1e-9)
+
+
+def test_rows_go_on_by_the_alpha_of_their_own_cache(qwen_v1, tmp_path):
+    """A long and a short row in turn, and one cache gone on from by three rows: none takes another's alpha."""
+    model = qwen1.load(shorter(qwen_v1 / "qwen_v1_tiny", tmp_path / "s128", 128), torch.float64)
+    rng = np.random.default_rng(2)
+    long, short = (torch.from_numpy(rng.integers(0, 151643, (1, n))) for n in (200, 90))
+    with torch.no_grad():
+        caches = [begun_cache(model(ids[:, :-1], use_cache=True)) for ids in (long, short)]
+        for ids, cache in zip((long, short), caches, strict=True):
+            three = copy.deepcopy(cache)
+            three.batch_repeat_interleave(3)
+            for rows, known in ((1, cache), (3, three)):
+                rest = model(
+                    ids[:, -1:].expand(rows, -1),
+                    position_ids=torch.full((rows, 1), ids.shape[1] - 1),
+                    **as_cache(model, known),
+                ).logits[:, -1]
+                want = model(ids, use_cache=False).logits[:, -1].expand(rows, -1)
+                torch.testing.assert_close(rest, want, atol=1e-9, rtol=0)
+
+
+def test_a_long_row_scored_before_changes_no_answer(qwen_v1, tmp_path):
+    """The engine refuses rows above seq_length by its number, in a batch with others too, and what was scored above it
+    leaves nothing behind."""
+    from lora_cmqa.core import TokenizedExample
+    from lora_cmqa.data.pack import make_pack
+    from lora_cmqa.errors import ConfigError
+    from lora_cmqa.lora.decoder import token_losses
+
+    folder = shorter(qwen_v1 / "qwen_v1_tiny", tmp_path / "s128", 128)
+    model, tokenizer = load_model(folder)
+    rng = np.random.default_rng(3)
+    ids = rng.integers(0, 151643, 300).astype(np.int32)
+    engine = EmbeddedEngine(model, tokenizer, ())
+    asked = [Request(tuple(ids[:n].tolist()), SamplingParams(max_new_tokens=128 - n)) for n in (100, 120, 126)]
+    for prompt, answer in ((100, 29), (200, 1)):
+        with pytest.raises(ConfigError, match="this model has 128 positions"):
+            engine.generate([*asked, Request(tuple(ids[:prompt].tolist()), SamplingParams(max_new_tokens=answer))])
+    first = [c.token_ids for c in engine.generate(asked)]
+    token_losses(model, make_pack([TokenizedExample(ids, ids.copy(), "long", "long")]))
+    assert [c.token_ids for c in engine.generate(asked)] == first  # their first 64 tokens come from the prefix cache
+    plain = EmbeddedEngine(model, tokenizer, (), plain=True)
+    assert [c.token_ids for c in plain.generate(asked)] == first
+
+
 # ---- config and weights ----------------------------------------------------------------------------------------------
 
 SEVEN_B = {
@@ -340,12 +401,21 @@ def test_a_config_of_august_2023(tmp_path):
         ({"apply_residual_connection_post_layernorm": True}, "apply_residual"),
         ({"kv_channels": 64}, "kv_channels"),
         ({"seq_length": None}, "seq_length"),
+        ({"kv_channels": None}, "kv_channels"),
+        ({"max_position_embeddings": "many"}, "max_position_embeddings"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(tmp_path, change, said):
     (tmp_path / "config.json").write_text(json.dumps(SEVEN_B | change))
     with pytest.raises(ModelError, match=said):
+        qwen1.read_config(tmp_path)
+
+
+def test_heads_that_do_not_share_the_width_are_refused(tmp_path):
+    odd = {k: v for k, v in SEVEN_B.items() if k != "kv_channels"} | {"num_attention_heads": 30}
+    (tmp_path / "config.json").write_text(json.dumps(odd))
+    with pytest.raises(ModelError, match=r"30 heads of 136 \(kv_channels\) are not hidden_size 4096"):
         qwen1.read_config(tmp_path)
 
 
@@ -381,6 +451,9 @@ def test_a_missing_a_foreign_and_a_misshapen_tensor_are_named(small):
         ({k: v for k, v in tensors.items() if k != norm}, "missing, the first is model.layers.2.input_layernorm"),
         (tensors | {"transformer.h.0.attn.extra.weight": torch.ones(2)}, "attn.extra.weight has no place"),
         (tensors | {norm: torch.ones(7)}, r"shape \(7,\)"),
+        (tensors | {"transformer.h.1.attn.c_attn.bias": torch.ones(97)}, r"\(97,\); numbers in 3 equal shares"),
+        (tensors | {norm: torch.tensor(1.0)}, r"shape \(\); numbers"),
+        (tensors | {norm: torch.ones(32, dtype=torch.int8)}, "is torch.int8 of shape"),
         (tensors | {"transformer.h.9.ln_1.weight": tensors[norm].clone()}, "hold a layer 10, this config says 4"),
     ):
         save_file(change, folder / "model.safetensors")
@@ -404,6 +477,11 @@ def test_bin_shards_are_read_as_tensors_only(small):
     torch.save(tensors, folder / "pytorch_model.bin")
     model = qwen1.load(folder, torch.float32)
     assert torch.equal(model.model.norm.weight, tensors["transformer.ln_f.weight"].float())
+    torch.save(tensors, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)  # as torch 1.5 wrote
+    assert torch.equal(qwen1.load(folder, torch.float32).lm_head.weight, model.lm_head.weight)
+    (folder / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(ModelError, match="damaged"):
+        qwen1.load(folder, torch.float32)
     torch.save({"transformer.ln_f.weight": Trap(folder / "canary")}, folder / "pytorch_model.bin")
     with pytest.raises(ModelError, match="not a file of tensors"):
         qwen1.load(folder, torch.float32)
@@ -425,6 +503,11 @@ def test_bin_shards_and_their_index(qwen_v1, tmp_path):
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": named}))
     want = qwen1.load(source, torch.bfloat16).state_dict()
     assert all(torch.equal(t, want[n]) for n, t in qwen1.load(folder, torch.bfloat16).state_dict().items())
+    (folder / "model.safetensors.index.json").write_text((source / "model.safetensors.index.json").read_text())
+    shutil.copyfile(source / "model-00003-of-00003.safetensors", folder / "model-00003-of-00003.safetensors")
+    assert len(qwen1.weight_files(folder)) == 3  # a fetch of the other form that broke off does not stand in the way
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model-00003-of-00003.safetensors").unlink()
     (folder / "pytorch_model-00001-of-00003.bin").unlink()
     with pytest.raises(ModelError, match="1 of 3 weight files are missing: pytorch_model-00001"):
         qwen1.load(folder, torch.float32)
@@ -492,6 +575,30 @@ def test_a_missing_shard_and_a_damaged_one_are_named(qwen_v1, tmp_path):
     second.unlink()
     with pytest.raises(ModelError, match="1 of 3 weight files are missing: model-00002"):
         qwen1.load(folder, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors.index.json", "{", "not readable"),
+        ("model.safetensors.index.json", "[]", "an object is expected"),
+        ("model.safetensors.index.json", "{}", "names no weights"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "../b.safetensors"}}', "no file beside it"),
+        ("model.safetensors.index.json", '{"weight_map": {"a": "b.safetensors"}}', "1 of 1 weight files are missing"),
+        ("generation_config.json", "{", "not readable"),
+        ("generation_config.json", '{"max_new_tokens": -4}', "max_new_tokens"),
+        ("config.json", "{", "not readable"),
+        ("config.json", "[]", "object"),
+    ],
+)
+def test_broken_files_are_named(small, name, content, said, capsys):
+    folder, _ = small
+    (folder / name).write_text(content)
+    assert main(["chat", "--model", str(folder), "--device", "cpu", "--dtype", "float32"]) == 2
+    refused = capsys.readouterr().err
+    assert "ModelError" in refused
+    assert said in refused
+    assert name in refused or "missing" in refused
 
 
 def test_the_seeds_layer_edit_says_what_it_costs(qwen_v1, capsys):

@@ -26,9 +26,9 @@ USER, ADMIN = "user-key-0123456789", "admin-key-0123456789"
 ASK = {"messages": [{"role": "user", "content": "睡不好怎么办"}], "max_tokens": 6}
 
 
-def write_adapter(folder: Path, seed: int, *, r: int = 4, fingerprint: bool = True) -> Path:
-    """A random adapter of the tiny model; one seed, one content."""
-    model = inject_lora(load_model("tiny")[0], r=r, lora_alpha=r)
+def write_adapter(folder: Path, seed: int, *, r: int = 4, fingerprint: bool = True, layers: int | None = None) -> Path:
+    """A random adapter of the tiny model, or of its first `layers`; one seed, one content."""
+    model = inject_lora(load_model("tiny", num_hidden_layers=layers)[0], r=r, lora_alpha=r)
     generator = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if "lora_" in name:
@@ -36,7 +36,7 @@ def write_adapter(folder: Path, seed: int, *, r: int = 4, fingerprint: bool = Tr
     save_adapter(model, folder, base_model_name_or_path="tiny")
     remove_lora(model)
     if fingerprint:
-        write_fingerprint(folder, "tiny")
+        write_fingerprint(folder, "tiny", num_hidden_layers=layers)
     return folder
 
 

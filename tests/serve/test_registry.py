@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lora_cmqa.errors import AdapterError
+from lora_cmqa.engine.chat import Chat
+from lora_cmqa.engine.sampling import SamplingParams
+from lora_cmqa.errors import AdapterError, ConfigError
 from lora_cmqa.serve.registry import Registry, UnknownModel, within
 from lora_cmqa.serve.server import open_service
 
@@ -182,6 +184,34 @@ def test_case_28_an_adapter_of_another_base_is_refused_unless_told(adapters):
         listed = {m["id"]: m for m in server.http.get("/v1/models").json()["data"]}
         assert listed["derma"]["base_check"].startswith("overridden: config.json")
         assert listed["cardio"]["base_check"] == "fingerprint"
+
+
+def test_a_base_is_cut_as_its_adapters_knew_it(tmp_path, capsys):
+    """The seed's case, 16 of 32 layers: here 2 of the tiny model's 3."""
+    for seed in range(2):
+        write_adapter(tmp_path / f"cut-{seed}", seed, layers=2)
+    with running(tmp_path) as server:
+        assert "Keeping the first 2 of 3 layers" in capsys.readouterr().err
+        for seed in range(2):
+            alone = Chat(tmp_path / f"cut-{seed}", base="tiny", device="cpu", dtype="float32")
+            said = alone.ask("睡不好怎么办", sampling=SamplingParams(max_new_tokens=6))
+            assert server.text(f"cut-{seed}") == said
+
+
+def test_two_depths_of_one_base_need_a_word(tmp_path):
+    write_adapter(tmp_path / "cut", 0, layers=2)
+    write_adapter(tmp_path / "whole", 1)
+    few = {"model": "tiny", "dtype": "float32", "device": "cpu"}
+    with pytest.raises(ConfigError, match=r"2 depths of one base \(cut: 2, whole: all layers\)"):
+        open_service(tmp_path, **few)
+    for asked, served, refused, said in (
+        (2, "cut", "whole", "trained on all layers of its base; tiny is served with 2"),
+        (3, "whole", "cut", "trained on 2 layers of its base; tiny is served with all"),
+    ):
+        registry = open_service(tmp_path, num_hidden_layers=asked, **few).registry
+        assert registry.open(served)[1].base_check == "fingerprint"
+        with pytest.raises(AdapterError, match=said):
+            registry.open(refused)
 
 
 def test_case_29_an_adapter_without_effect_is_refused(registry, adapters):

@@ -221,6 +221,8 @@ def answer_log_probs(
     from transformers import DynamicCache
 
     causal = causal_lm(model)
+    if len(prefix) + max(map(len, answers), default=0) > getattr(causal.config, "max_position_embeddings", 1 << 30):
+        return answer_log_probs_plain(model, prefix, answers)  # Qwen v1 turns a long row by its whole length
     device = causal.get_input_embeddings().weight.device
     body = causal.get_decoder()
     cache = DynamicCache(config=body.config)
@@ -268,7 +270,7 @@ def answer_log_probs_plain(model: Any, prefix: Sequence[int], answers: Sequence[
     scores = []
     for answer in answers:
         ids = torch.tensor([[*prefix, *answer.tolist()]], device=device)
-        logits = model(input_ids=ids).logits[0, len(prefix) - 1 : -1]
+        logits = model(input_ids=ids, logits_to_keep=len(answer) + 1).logits[0, :-1]
         log_p = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
         scores.append(float(log_p.gather(1, ids[0, len(prefix) :, None]).double().sum()))
     return np.array(scores)

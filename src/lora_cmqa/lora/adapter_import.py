@@ -58,7 +58,7 @@ def import_adapter(
     native = _native_tensors(folder, _read(folder))
     saved, missing = _modules_to_save(folder, config, native, without_missing)
     lora = {k: t for k, t in native.items() if ".lora_" in k}
-    targets = _check(folder, lora, saved, native, sizes, config["r"])
+    targets = _check(folder, lora, saved, native, sizes, config)
     written = LoraConfig(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
@@ -179,6 +179,16 @@ def _modules_to_save(
     return saved, missing
 
 
+def _declared(targets: str | list[str]) -> set[str]:
+    """c_proj -> {self_attn.o_proj, mlp.down_proj}, by PEFT's rule: a name stands for every path that ends in it."""
+    wanted = set()
+    for name, ours in qwen1.TABLE.items():
+        path = f".{name.removesuffix('.weight')}"
+        if not isinstance(targets, str) and any(path.endswith(f".{t}") for t in targets):
+            wanted |= {o.removesuffix(".weight") for o in ours}
+    return wanted
+
+
 class _Sizes:
     """What the base's config says about shapes. Raises AdapterError for a base of another family."""
 
@@ -215,7 +225,7 @@ def _check(
     saved: list[tuple[str, str]],
     native: dict[str, torch.Tensor],
     sizes: _Sizes,
-    r: int,
+    config: dict[str, Any],
 ) -> list[str]:
     """Every layer of the base has every module, in its shape. Returns the modules' short names."""
     stray = set(native) - set(lora) - {tensor for _, tensor in saved}
@@ -224,6 +234,12 @@ def _check(
     modules = {k.rsplit(".lora_", 1)[0] for k in lora}
     within = {m.split(".", 3)[3] for m in modules if m.startswith("model.layers.")}
     check_depth(lora, sizes.layers, file=folder)
+    lacking = sorted(_declared(config["target_modules"]) - within)
+    if lacking:
+        raise AdapterError(
+            f"target_modules declares {', '.join(lacking)} (by today's names), and no tensor of it is here", file=folder
+        )
+    r = config["r"]
     for module in (f"model.layers.{n}.{m}" for n in range(sizes.layers) for m in within):
         out, into = sizes.of(module)
         for part, shape in (("A", (r, into)), ("B", (out, r))):

@@ -122,6 +122,7 @@ SETTINGS: dict[str, str] = {
     "host": "本机回环地址以外的任何地址都要求 --api-keys。",
     "port": "监听的端口。",
     "api_keys": "密钥文件，每行为 `user 密钥` 或 `admin 密钥`。",
+    "serve num_hidden_layers": "基座裁到多少层；默认以各适配器的 fingerprint.json 为准。",
     "max_batch": "同时计算的请求数；其余排队。",
     "adapter_memory": "内存中保留的适配器总量；最久未用的先移出。",
     "prefix_memory": "保留已算好的提示开头的内存；0MiB 为不保留。",

@@ -32,7 +32,10 @@ def fingerprint(model_folder: str | Path, full: bool = False) -> dict[str, Any]:
     config_file = folder / "config.json"
     if not config_file.is_file():
         raise ModelError("no config.json, so this is no base model", file=folder)
-    config = json.loads(config_file.read_text(encoding="utf-8"))
+    try:
+        config = dict(json.loads(config_file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as e:
+        raise ModelError(f"not a JSON object: {e}", file=config_file) from None
     decisive = {k: v for k, v in config.items() if k not in _IGNORED}
     weights = sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")])
     return {

@@ -17,6 +17,7 @@ import base64
 import functools
 import json
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +72,7 @@ class Qwen1Config:
 def read_config(folder: str | Path) -> Qwen1Config:
     """Raises ModelError naming the key that is missing or that no checkpoint of this family has."""
     file = Path(folder) / "config.json"
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise ModelError(f"not readable: {e}", file=file) from None
+    raw = _read_json(file)
     if not is_qwen1(raw):
         raise ModelError(f"model type {raw.get('model_type')!r} is not Qwen v1 (qwen)", file=file, field="model_type")
     raw = with_late_keys(raw, file)
@@ -91,11 +89,10 @@ def read_config(folder: str | Path) -> Qwen1Config:
         return value
 
     hidden, heads = int(number("hidden_size")), int(number("num_attention_heads"))
-    if raw.get("kv_channels", hidden // heads) * heads != hidden:
+    width = number("kv_channels") if "kv_channels" in raw else hidden // heads
+    if width * heads != hidden:
         raise ModelError(
-            f"kv_channels {raw['kv_channels']} x {heads} heads is not hidden_size {hidden}",
-            file=file,
-            field="kv_channels",
+            f"{heads} heads of {width} (kv_channels) are not hidden_size {hidden}", file=file, field="kv_channels"
         )
     return Qwen1Config(
         hidden=hidden,
@@ -106,10 +103,20 @@ def read_config(folder: str | Path) -> Qwen1Config:
         theta=float(number("rotary_emb_base")),
         eps=number("layer_norm_epsilon"),
         seq_length=int(number("seq_length")),
-        max_positions=int(raw.get("max_position_embeddings") or number("seq_length")),
+        max_positions=int(number("max_position_embeddings" if "max_position_embeddings" in raw else "seq_length")),
         dynamic_ntk=bool(raw.get("use_dynamic_ntk", False)),
         logn=bool(raw.get("use_logn_attn", False)),
     )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise ModelError(f"not readable: {e}", file=file) from None
+    if not isinstance(content, dict):
+        raise ModelError(f"an object is expected, found {type(content).__name__}", file=file)
+    return content
 
 
 def native_config(v1: Qwen1Config, *, num_hidden_layers: int | None = None) -> Qwen2Config:
@@ -173,26 +180,44 @@ def native_tensors(name: str, tensor: torch.Tensor) -> Iterator[tuple[str, torch
         if name.endswith((".attn.bias", ".masked_bias", "rotary_emb.inv_freq")):  # constants that old code saved
             return
         raise ModelError(f"the tensor {name} has no place in Qwen v1's table")
+    if not tensor.is_floating_point() or tensor.dim() == 0 or len(tensor) % len(ours):
+        raise ModelError(
+            f"{name} is {tensor.dtype} of shape {tuple(tensor.shape)}; numbers in {len(ours)} equal shares are expected"
+        )
     yield from zip(ours, tensor.chunk(len(ours)), strict=True)
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The shards in order. safetensors before .bin. Raises ModelError for none, or for a shard that is missing."""
+    """The shards in order, of the first form that is whole: safetensors, then .bin. Raises ModelError for none, or for
+    a shard that is missing."""
+    incomplete = None
     for pattern, index in (
         ("*.safetensors", "model.safetensors.index.json"),
         ("pytorch_model*.bin", "pytorch_model.bin.index.json"),
     ):
         files = sorted(folder.glob(pattern))
-        if not files:
-            continue
         if (folder / index).exists():
-            named = sorted(set(json.loads((folder / index).read_text(encoding="utf-8"))["weight_map"].values()))
-            missing = [n for n in named if not (folder / n).exists()]
+            named = _named_in(folder / index)
+            missing = [n for n in named if not (folder / n).is_file()]
             if missing:
-                raise ModelError(f"{len(missing)} of {len(named)} weight files are missing: {missing[0]}", file=folder)
+                said = f"{len(missing)} of {len(named)} weight files are missing: {missing[0]}"
+                incomplete = incomplete or ModelError(said, file=folder)
+                continue
             files = [folder / n for n in named]
-        return files
-    raise ModelError("no *.safetensors and no pytorch_model*.bin", file=folder)
+        if files:
+            return files
+    raise incomplete or ModelError("no *.safetensors and no pytorch_model*.bin", file=folder)
+
+
+def _named_in(index: Path) -> list[str]:
+    """The files that an index names. They lie beside it, or it is refused."""
+    held = _read_json(index).get("weight_map")
+    if not isinstance(held, dict) or not held:
+        raise ModelError("it names no weights", file=index, field="weight_map")
+    for name in held.values():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{name!r} is no file beside it", file=index, field="weight_map")
+    return sorted(set(held.values()))
 
 
 def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -206,16 +231,21 @@ def read_shard(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 for name in shard.keys():  # noqa: SIM118  (not a dict)
                     yield from native_tensors(name, shard.get_tensor(name))
         else:
-            for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=True).items():
+            mapped = zipfile.is_zipfile(file)  # the form before torch 1.6 is read whole
+            for name, tensor in torch.load(file, map_location="cpu", weights_only=True, mmap=mapped).items():
                 yield from native_tensors(name, tensor)
     except ModelError as e:
         raise ModelError(e.message, file=file) from None
     except (SafetensorError, RuntimeError, EOFError, OSError) as e:
-        raise ModelError(f"the weight file is damaged: {str(e).splitlines()[0]}", file=file) from None
+        raise ModelError(f"the weight file is damaged: {_first_line(e)}", file=file) from None
     except Exception as e:  # pickle.UnpicklingError and its kin: something else than tensors
         raise ModelError(
-            f"not a file of tensors: {str(e).splitlines()[0][:200]}", file=file, hint="Take the safetensors form."
+            f"not a file of tensors: {_first_line(e)}", file=file, hint="Take the safetensors form."
         ) from None
+
+
+def _first_line(e: Exception) -> str:
+    return next(iter(str(e).splitlines()), type(e).__name__)[:200]
 
 
 def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | None = None) -> Qwen2ForCausalLM:
@@ -242,7 +272,8 @@ def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | Non
         if v1.logn:
             layer.self_attn.__class__ = Qwen1Attention
             layer.self_attn.seq_length = v1.seq_length
-    model.model.register_forward_pre_hook(_positions_of_padded_rows, with_kwargs=True)
+    model.model.register_forward_pre_hook(_before_body, with_kwargs=True)
+    model.model.register_forward_hook(_after_body, always_call=True)
     model.generation_config = native_generation_config(folder)
     return model.eval()
 
@@ -280,12 +311,18 @@ def _fitting(
 def native_generation_config(folder: str | Path) -> GenerationConfig:
     """The original's sampling, and both ends of an answer: <|im_end|> of a turn, <|endoftext|> of a text."""
     file = Path(folder) / "generation_config.json"
-    raw = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    raw = _read_json(file) if file.exists() else {}
     kept = {k: raw[k] for k in ("do_sample", "top_k", "top_p", "repetition_penalty", "max_new_tokens") if k in raw}
-    return GenerationConfig(**kept, eos_token_id=[_IM_END, _END], pad_token_id=_END)
+    try:
+        return GenerationConfig(**kept, eos_token_id=[_IM_END, _END], pad_token_id=_END)
+    except (TypeError, ValueError) as e:
+        raise ModelError(_first_line(e), file=file) from None
 
 
 # ---- above seq_length ------------------------------------------------------------------------------------------------
+
+
+_ALPHAS = "qwen1_alphas"  # an attribute of transformers' cache
 
 
 class Qwen1Rotary(nn.Module):
@@ -295,14 +332,16 @@ class Qwen1Rotary(nn.Module):
 
     forward(x, position_ids [rows, tokens]) -> cos, sin [rows, tokens, head_dim] in x's dtype; the angles are float32
     as the original's (float64 for a float64 model). Rows packed end to end (positions that start again at 0) count
-    each by its own length. With a cache, alpha stays what it was when the row began, as in the original.
+    each by its own length. With a cache, alpha stays what it was when the row began, as in the original; the cache
+    carries it (_before_body, _after_body).
     """
 
     def __init__(self, config: Qwen2Config, v1: Qwen1Config) -> None:
         super().__init__()
         self.config, self.v1 = config, v1
         self.dim = v1.hidden // v1.heads
-        self.begun: torch.Tensor | None = None  # alpha of each row of the last call that began at position 0
+        self.cached: torch.Tensor | None = None  # alpha of each row of the cache that the body goes on from
+        self.latest: torch.Tensor | None = None  # of the rows of the last call
 
     @torch.no_grad()
     def forward(self, x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -324,10 +363,9 @@ class Qwen1Rotary(nn.Module):
 
     def _alphas(self, positions: torch.Tensor) -> torch.Tensor:
         """float [rows, tokens]."""
-        if not bool((positions == 0).any()):  # goes on from a cache
-            if self.begun is None or len(self.begun) != len(positions):
-                return torch.ones(positions.shape, device=positions.device)
-            return self.begun.to(positions.device)[:, None].expand(positions.shape)
+        if not bool((positions == 0).any()):  # goes on from a cache; without one (the engine): rows up to seq_length
+            self.latest = torch.ones(len(positions)) if self.cached is None else self.cached
+            return self.latest.to(positions.device)[:, None].expand(positions.shape)  # one cached row: of all
         segment = (positions == 0).long().cumsum(1)
         length = torch.zeros(len(positions), int(segment.max()) + 1, dtype=torch.long, device=positions.device)
         length = length.scatter_reduce(1, segment, positions + 1, "amax").gather(1, segment)
@@ -335,7 +373,7 @@ class Qwen1Rotary(nn.Module):
         for n in length.unique().tolist():
             if n > self.v1.seq_length:
                 alphas[length == n] = 2 ** math.ceil(math.log2(n / self.v1.seq_length) + 1) - 1
-        self.begun = alphas[torch.arange(len(alphas)), positions.argmax(1)]
+        self.latest = alphas[torch.arange(len(alphas)), positions.argmax(1)]
         return alphas
 
 
@@ -359,15 +397,23 @@ class Qwen1Attention(Qwen2Attention):
             hook.remove()
 
 
-def _positions_of_padded_rows(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Rows of a padded batch count by their own lengths: transformers alone would count the padding too."""
-    mask = kwargs.get("attention_mask")
+def _before_body(module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Rows of a padded batch count by their own lengths: transformers alone would count the padding too. Rows that go
+    on from a cache have the alpha that it carries."""
+    mask, cache = kwargs.get("attention_mask"), kwargs.get("cache", kwargs.get("past_key_values"))  # until 5.24
+    module.rotary_emb.cached = getattr(cache, _ALPHAS, None)
     if isinstance(mask, torch.Tensor) and mask.dim() == 2 and kwargs.get("position_ids") is None:
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name until transformers 5.24
         seen = cache.get_seq_length() if cache is not None else 0
         kwargs["position_ids"] = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, seen:]
         kwargs["position_ids"] = kwargs["position_ids"].masked_fill(mask[:, seen:] == 0, 0)
     return args, kwargs
+
+
+def _after_body(module: Any, _: Any, output: Any) -> None:
+    cache = getattr(output, "cache", None) or getattr(output, "past_key_values", None)
+    if cache is not None:
+        setattr(cache, _ALPHAS, module.rotary_emb.latest)
+    module.rotary_emb.cached = module.rotary_emb.latest = None
 
 
 # ---- tokenizer -------------------------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ class _Entry:
 class Registry:
     """`root`: its sub-folders with an adapter_config.json are the names.
 
-    fingerprint      of the base (lora.fingerprint), compared with each adapter's own
+    fingerprint      of the base (lora.fingerprint), compared with each adapter's own; with its depth where it is cut
     allow_other_base serve an adapter whose fingerprint differs all the same; /v1/models says so
     adapter_bytes    largest adapter_model.safetensors that is opened
     """
@@ -250,18 +250,27 @@ class Registry:
         )
 
     def _check_base(self, folder: Path) -> str:
-        if not (folder / FINGERPRINT).exists():
+        found = read_fingerprint(folder)
+        if found is None:
             return "absent"
-        _plain_file(folder / FINGERPRINT, _MOST_CONFIG)
         try:
-            differing = differences(json.loads((folder / FINGERPRINT).read_text(encoding="utf-8")), self._fingerprint)
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+            differing = differences(found, self._fingerprint)
+        except (KeyError, TypeError, AttributeError) as e:
             raise AdapterError(f"not a fingerprint: {e}", file=folder / FINGERPRINT) from None
         if differing and not self._allow_other_base:
             raise AdapterError(
                 f"this adapter was trained on another base than {self.base}: {'; '.join(differing)} differ",
                 file=folder / FINGERPRINT,
                 hint="Serve it on its own base, or `cmqa adapter rebase` when you know that they are the same.",
+            )
+        depth, served = found.get("num_hidden_layers"), self._fingerprint.get("num_hidden_layers")
+        if depth != served:
+            raise AdapterError(
+                f"this adapter was trained on {depth or 'all'} layers of its base; {self.base} is served with "
+                f"{served or 'all'} of them",
+                file=folder / FINGERPRINT,
+                field="num_hidden_layers",
+                hint="One server holds one depth: `cmqa serve --num-hidden-layers N`, or start another for it.",
             )
         return f"overridden: {'; '.join(differing)} differ" if differing else "fingerprint"
 
@@ -324,6 +333,21 @@ def within(seconds: float, work: Callable[[], T]) -> T:
     if failed:
         raise failed[0]
     return done[0]
+
+
+def read_fingerprint(folder: Path) -> dict[str, Any] | None:
+    """What an adapter's fingerprint.json says; None without one. Raises AdapterError where it is no JSON object."""
+    file = folder / FINGERPRINT
+    if not file.exists():
+        return None
+    _plain_file(file, _MOST_CONFIG)
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise AdapterError(f"not a fingerprint: {e}", file=file) from None
+    if not isinstance(content, dict):
+        raise AdapterError("not a fingerprint", file=file)
+    return content
 
 
 def _plain_file(file: Path, most: int) -> None:

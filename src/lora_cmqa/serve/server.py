@@ -24,11 +24,12 @@ from ..engine.run import stored_stop_ids
 from ..errors import ConfigError, ModelError
 from ..lora.adapter import CONFIG, read_adapter_config
 from ..messages import say
-from ..models.fingerprint import fingerprint
-from ..models.load import BUILT_IN, load_model, resolve
+from ..models.depth import check_layers
+from ..models.fingerprint import differences, fingerprint
+from ..models.load import BUILT_IN, layers_of, load_model, resolve
 from .api import create_app, log
 from .keys import Keys
-from .registry import Registry
+from .registry import Registry, read_fingerprint
 from .service import Limits, Service
 
 _HEADER_BYTES = 64 << 10  # of a request's line and headers; more is refused by the parser
@@ -44,6 +45,7 @@ def serve(
     api_keys: str | Path | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    num_hidden_layers: int | None = None,
     max_batch: int = 32,
     adapter_memory: int = 1 << 30,
     prefix_memory: int = 256 << 20,
@@ -57,6 +59,7 @@ def serve(
     adapters        folder whose sub-folders are adapters, each served under its name
     model           base; None: the one that the adapters name where it is on this machine, else "embedded"
     api_keys        file of `user KEY` and `admin KEY` lines; needed for any host but loopback
+    num_hidden_layers  depth that the base is cut to; None: what the adapters' fingerprints say
     adapter_memory, prefix_memory  bytes
 
     Raises ConfigError for a host beyond loopback without keys, ModelError for the base, AdapterError for the folder.
@@ -86,6 +89,7 @@ def serve(
         keys=keys,
         device=device,
         dtype=dtype,
+        num_hidden_layers=num_hidden_layers,
         max_batch=max_batch,
         adapter_memory=adapter_memory,
         prefix_memory=prefix_memory,
@@ -108,6 +112,7 @@ def open_service(
     model: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
+    num_hidden_layers: int | None = None,
     max_batch: int = 32,
     adapter_memory: int = 1 << 30,
     prefix_memory: int = 256 << 20,
@@ -119,9 +124,12 @@ def open_service(
     if root is not None and not root.is_dir():
         raise ConfigError("there is no such folder", file=root, hint="--adapters DIR, whose sub-folders are adapters.")
     name = model or _base_of(root)
-    loaded, tokenizer = load_model(name, dtype=dtype, device=device)
-    template = ChatTemplate.from_tokenizer(tokenizer)
     folder = resolve(name)
+    base = fingerprint(folder)
+    there = layers_of(folder)
+    layers = check_layers(num_hidden_layers or _depth_of(root, base), there)
+    loaded, tokenizer = load_model(name, dtype=dtype, device=device, num_hidden_layers=layers)
+    template = ChatTemplate.from_tokenizer(tokenizer)
     engine = EmbeddedEngine(
         loaded,
         tokenizer,
@@ -139,7 +147,7 @@ def open_service(
         engine,
         template,
         base=shown,
-        fingerprint=fingerprint(folder),
+        fingerprint=base | ({"num_hidden_layers": layers} if layers < there else {}),
         allow_other_base=allow_other_base,
     )
     if shown in registry.names():
@@ -177,6 +185,25 @@ def _base_of(root: Path | None) -> str:
     if name not in BUILT_IN and not Path(name).is_dir():
         raise ModelError(f"the adapters name the base {name!r}, which is not on this machine", hint=f"--model {name}")
     return name
+
+
+def _depth_of(root: Path | None, base: dict[str, Any]) -> int | None:
+    """The depth that this base's adapters were trained on, where their fingerprints say one that is not all of it."""
+    depths: dict[int | None, str] = {}
+    for folder in sorted(root.iterdir()) if root is not None else []:
+        if (folder / CONFIG).is_file() and not folder.is_symlink():
+            with contextlib.suppress(Exception):  # as above
+                found = read_fingerprint(folder)
+                if found is not None and not differences(found, base):
+                    depths.setdefault(found.get("num_hidden_layers"), folder.name)
+    if len(depths) > 1:
+        said = ", ".join(f"{name}: {'all' if n is None else n}" for n, name in depths.items())
+        raise ConfigError(
+            f"the adapters were trained on {len(depths)} depths of one base ({said} layers); one is served",
+            field="num_hidden_layers",
+            hint="Add --num-hidden-layers N; those of another depth are listed as refused.",
+        )
+    return next(iter(depths), None)
 
 
 def _is_loopback(host: str) -> bool:
