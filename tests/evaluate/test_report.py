@@ -39,6 +39,8 @@ def test_every_number_is_there_with_its_interval(evaluated):
     assert evaluated["metrics"]["top1"]["test"] == evaluated["metrics"]["safe"]["test"] == "mcnemar"
     assert evaluated["metrics"]["perplexity"]["base"] == pytest.approx(np.exp(evaluated["metrics"]["nll"]["base"]))
     assert evaluated["skipped"] == []
+    gain, style = (evaluated["metrics"][k]["difference"] for k in ("nll", "nll_shuffled"))
+    assert evaluated["metrics"]["content_gain"]["difference"] == pytest.approx(style - gain)  # as a reader subtracts
 
 
 def test_a_question_that_nearly_stands_in_train_is_left_out_the_second_time(evaluated):

@@ -42,7 +42,7 @@ from .measures import (
     safety_measures,
     score_answers,
 )
-from .nll import row_losses, shuffled_pairs
+from .nll import last_answer, row_losses, shuffled_pairs
 from .ranking import CandidateSet, Ranking, candidate_sets, rank_answers
 from .report import write_report
 from .safety import red_flags
@@ -366,10 +366,10 @@ def _on(work: _Work, side: str, score: Callable[[], Scored]) -> Scored:
 
 
 def _encode(examples: Sequence[Example], opened: OpenRun, run: Config) -> dict[str, TokenizedExample]:
-    """By id; rows too long for the training length are left out on both sides alike."""
+    """By id, the last answer of each; rows too long for the training length are left out on both sides alike."""
     d = run.data
     rows, _ = encode_all(examples, opened.template, max_length=d.model_max_length, on_too_long="drop", system=d.system)
-    return {r.id: r for r in rows}
+    return {r.id: last_answer(r) for r in rows}
 
 
 def _draw(examples: Sequence[Example], count: int, seed: int) -> list[Example]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import DataError
 from .bootstrap import Paired, Statistic, paired, paired_sums, ratio
 from .forgetting import Divergence, GeneralPrompt
 from .nll import RowLosses
@@ -61,14 +62,17 @@ class Measure:
 
 
 def loss_measures(true: Divergence, shuffled: tuple[RowLosses, RowLosses], questions: Sequence[str]) -> list[Measure]:
-    """nll, nll_shuffled and kl in nats per token. content_gain = (how much lower the true pair's loss is than the
-    shuffled one's) under the adapter minus the same under the base."""
+    """nll, nll_shuffled and kl in nats per token; `true` and `shuffled` hold the same answers in the same order.
+    content_gain = (how much lower an answer's loss is after its own question than after another) under the adapter
+    minus the same under the base = nll's gain - nll_shuffled's gain."""
     base, own, tokens = true.base.per_token, true.adapter.per_token, true.base.tokens.astype(np.float64)
+    if any((s.tokens != true.base.tokens).any() for s in shuffled):
+        raise DataError("an answer after another question has other tokens than after its own: they do not compare")
     left, right = (s.per_token for s in shuffled)
     return [
         Measure("nll", base, own, questions, tokens),
         Measure("perplexity", base, own, questions, tokens, lambda sums: np.exp(ratio(sums))),
-        Measure("nll_shuffled", left, right, questions, shuffled[0].tokens.astype(np.float64)),
+        Measure("nll_shuffled", left, right, questions, tokens),
         Measure("content_gain", left - base, right - own, questions, tokens),
         Measure("kl", np.zeros(len(base)), true.kl / tokens, questions, tokens),
     ]

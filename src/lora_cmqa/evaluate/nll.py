@@ -1,14 +1,15 @@
 """Loss per answer token, and how much of a gain is about the question.
 
-    true pairs       question i with its own answer            loss_true
-    shuffled pairs   question i with another question's answer loss_shuffled
+    true pairs       answer i after its own question          loss_true
+    shuffled pairs   answer i after another question          loss_shuffled
 
     gain   = base - adapter on the true pairs                  better at the task, whatever the reason
     style  = base - adapter on the shuffled pairs              sounds like a doctor, whatever is asked
     content = gain - style                                     answers THIS question better
 
-Content is taken row by row and weighted by the tokens of the row's own answer. A small adapter wins most of its gain
-by style; content above zero is what "better answers" means.
+Both sets hold the same answers, so content is taken answer by answer: how easy or long an answer is falls out, and the
+means over tokens subtract exactly. A small adapter wins most of its gain by style; content above zero is what "better
+answers" means.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ..core import Example, Message, TokenizedExample
+from ..core import IGNORE, Example, TokenizedExample
 from ..data.pack import pack
 from ..errors import DataError
 from ..lora.decoder import token_losses
@@ -54,11 +55,22 @@ def row_losses(model: Any, rows: Sequence[TokenizedExample], *, max_tokens: int 
     return RowLosses(total, tokens)
 
 
+def last_answer(row: TokenizedExample) -> TokenizedExample:
+    """`row` with its last answer supervised only: earlier ones of a conversation are part of what is asked."""
+    taught = np.flatnonzero(row.labels != IGNORE)
+    breaks = np.flatnonzero(np.diff(taught) > 1)
+    if not len(breaks):
+        return row
+    labels = row.labels.copy()
+    labels[: taught[breaks[-1] + 1]] = IGNORE
+    return replace(row, labels=labels)
+
+
 def shuffled_pairs(examples: Sequence[Example], *, seed: int) -> list[Example]:
-    """The same questions with another question's answer: row i gets the answer of row p(i), never one of its own.
+    """The same answers after other questions: row i keeps its id and its answer, and is asked what row p(i) is asked.
 
     p is a seeded cyclic shift of a seeded order in which the rows of one question stand together, shifted by more
-    than the largest group: no row keeps an answer of its own question.
+    than the largest group: no answer keeps a question of its own, and each question is asked as often as before.
     Raises DataError where one question owns more than half of the rows: then no such pairing exists.
     """
     generator = np.random.Generator(np.random.PCG64(seed))
@@ -74,9 +86,9 @@ def shuffled_pairs(examples: Sequence[Example], *, seed: int) -> list[Example]:
     shift = int(generator.integers(largest, len(order) - largest + 1))
     out = list(examples)
     for place, i in enumerate(order):
-        donor = examples[order[(place + shift) % len(order)]]
-        turns = (*examples[i].messages[:-1], Message("assistant", donor.answer))
-        out[i] = replace(examples[i], messages=turns)
+        asked = examples[order[(place + shift) % len(order)]]
+        turns = (*asked.messages[:-1], examples[i].messages[-1])
+        out[i] = replace(examples[i], messages=turns, question_id=asked.question_id)
     return out
 
 
