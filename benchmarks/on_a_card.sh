@@ -6,6 +6,7 @@
 #     benchmarks/on_a_card.sh 7b        Qwen-7B and Qwen3-8B shapes, random weights, length 512
 #     benchmarks/on_a_card.sh long      the same at length 2,048
 #     benchmarks/on_a_card.sh serve     tokens a second with eight adapters
+#     benchmarks/on_a_card.sh memory    presets under a cap of 24 and 8 GiB: the plan's peak beside the measured one
 #
 # Lines go to benchmarks/results/*.jsonl with the card's name and the versions. Nothing is installed or fetched: run it
 # where `pip install -e ".[dev]"` was done beside a CUDA build of torch. RESULTS=FOLDER copies the lines there, too.
@@ -32,9 +33,10 @@ long)
   train --model random:Qwen-7B --r 64 --max-length 2048 --stretch 2048 --rounds 2 --rows 32 --ours-only --checkpointing
   train --model random:Qwen3-8B --r 16 --max-length 2048 --stretch 2048 --rounds 2 --rows 32 --ours-only --checkpointing
   ;;
+memory) card; "$PYTHON" benchmarks/memory.py --device cuda ;;
 serve) card; "$PYTHON" benchmarks/serve.py --device cuda --rounds 15 ;;
 *)
-  sed -n '2,10s/^# \{0,1\}//p' "$0"
+  sed -n '2,11s/^# \{0,1\}//p' "$0"
   exit 2
   ;;
 esac
