@@ -95,8 +95,11 @@ class TrainConfig:
     gradient_accumulation_steps: int = 8
     per_device_eval_batch_size: int = 8
     """Kept for the seed's command line; evaluation packs by max_tokens."""
-    max_tokens: int = 2048
-    """Tokens of a micro-batch at most (a single longer row stands alone). Changes no gradient."""
+    fit: Literal["auto", "off"] = "auto"
+    """auto: max_tokens, gradient_checkpointing and head_chunk, where they are not given, become what the free memory
+    holds (`cmqa plan` says which); a run that cannot fit is refused. off: 2048, none, 512. No gradient changes."""
+    max_tokens: int | None = None
+    """Tokens of a micro-batch at most (a single longer row stands alone). Changes no gradient. None: see fit."""
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     adam_beta1: float = 0.9
@@ -109,12 +112,13 @@ class TrainConfig:
     warmup_steps: int = 0
     """Steps of the rise; more than 0 wins over warmup_ratio."""
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = "cosine"
-    gradient_checkpointing: bool = False
-    """Layers keep their input only and are computed again in the backward: less memory, up to half more time."""
+    gradient_checkpointing: bool | None = None
+    """Layers keep their input only and are computed again in the backward: less memory, up to half more time.
+    None: see fit."""
     checkpoint_layers: int = 0
     """With gradient_checkpointing: only the first so many layers; 0: all."""
-    head_chunk: int = 512
-    """Rows of logits that are held at once. Changes no gradient."""
+    head_chunk: int | None = None
+    """Rows of logits that are held at once. Changes no gradient. None: see fit."""
     bf16: bool = False
     """The seed's flag: the base in bfloat16 (model.dtype bfloat16)."""
     logging_steps: int = 1
@@ -313,6 +317,8 @@ def _tyro_words(setting: Setting, values: list[str], negated: bool) -> list[str]
         on = not values or values[0].lower() in _TRUE
         if values and values[0].lower() not in _TRUE | _FALSE:
             raise ConfigError(f"{flag} takes True or False, not {values[0]!r}")
+        if setting.optional:
+            return [flag, str(on != negated)]
         room, _, name = flag[2:].rpartition(".")
         return [flag] if on != negated else [f"--{room + '.' if room else ''}no-{name}"]
     if not values and not setting.is_list:

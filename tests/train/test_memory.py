@@ -189,7 +189,7 @@ warm = replace(config, train=replace(config.train, output_dir=sys.argv[2] + "-wa
 train(warm)  # libraries read, threads started: what is left is the run's own
 data = int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 limit = str(data + int(sys.argv[3])) if int(sys.argv[3]) else None
-train(replace(config, train=replace(config.train, output_dir=sys.argv[2], memory_limit=limit)))
+train(replace(config, train=replace(config.train, output_dir=sys.argv[2], memory_limit=limit, fit="off")))
 """
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,9 +52,11 @@ SEED = Config(
 def test_without_torch_in_under_two_seconds():
     argv = ["plan", "--model", "Qwen-7B", "--gpu-memory", "24GiB", "--json"]
     code = f"from lora_cmqa.cli import main; main({argv}); import sys; assert 'torch' not in sys.modules"
-    started = time.perf_counter()
+    before = os.times()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert time.perf_counter() - started < 2
+    spent = os.times()
+    # Of the processor: on a busy machine the clock counts others' work too.
+    assert spent.children_user + spent.children_system - before.children_user - before.children_system < 2
     result = json.loads(done.stdout)
     assert {"predicted_peak_bytes", "fits", "recipe", "ledger"} <= result.keys()
     assert all(row.keys() == {"name", "bytes"} for row in result["ledger"])

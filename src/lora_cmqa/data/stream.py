@@ -27,6 +27,8 @@ from ..core import Batch, TokenizedExample
 from ..errors import DataError, RunError
 from .pack import by_question, pack
 
+_LOOKED_AT = 1024  # longest rows, among which the fullest micro-batch is sought
+
 
 class BatchStream:
     """`rows_per_step` = per_device_train_batch_size x gradient_accumulation_steps x world_size.
@@ -97,6 +99,18 @@ class BatchStream:
         """The batch given out last once more, and all later ones, in packs of at most `max_tokens`: the same rows."""
         self.max_tokens = max_tokens
         return self._batch(self._step - 1)
+
+    def largest(self) -> Batch:
+        """One micro-batch of the fewest, longest rows: about the fullest that any step of the run can hold."""
+        longest = sorted(self.rows, key=len, reverse=True)[: max(_LOOKED_AT, self.rows_per_step)]
+        packs = [
+            p
+            for rows in (longest, longest[: self.rows_per_step])
+            for p in pack(rows, max_tokens=self.max_tokens, shared_prefixes=self.shared_prefixes)
+            if len(p.example_ids) <= self.rows_per_step
+        ]
+        fullest = max(packs, key=lambda p: p.tokens)
+        return Batch((fullest,), step=0, epoch=0.0, step_supervised_tokens=fullest.supervised_tokens)
 
     def _batch(self, index: int) -> Batch:
         epoch, place = divmod(index, self.steps_per_epoch)

@@ -64,6 +64,11 @@ TEXT: dict[str, str] = {
     "tokens.cannot_tell": "{tokens}: whether this base knows them cannot be told from its embedding (unused tokens do "
     "not stand apart there); LoRA only. --trainable-tokens with their names trains their rows.",
     # train
+    "train.fit": "{memory} GiB are free ({device}); planned peak {peak} GiB with {settings}",
+    "train.fit_unknown": "The memory is not planned ({reason}); --fit off is taken.",
+    "train.memory": "Memory, above the level after loading: {predicted} GiB predicted, {measured} GiB measured "
+    "({error} %).",
+    "train.memory_off": "Off most: {row} and what goes with it, {predicted} GiB predicted, {measured} GiB measured.",
     "train.no_shared_prefixes": "With dropout each row has masks of its own: what rows share is computed for each.",
     "train.plain_kernel": "The fast {kernel} differs from its plain twin here ({device}, {dtype}: {found}); "
     "the plain one is taken, slower, with the right result.",
@@ -135,6 +140,10 @@ TEXT: dict[str, str] = {
     "plan.fits": "It fits: {peak} of {memory} GiB ({device}).",
     "plan.fits_not": "It does not fit: {peak} GiB are needed, {memory} GiB are there ({device}).",
     "plan.changed": "As asked it would take {asked} GiB; the fastest that fits, with the same gradients: {changes}",
+    "plan.by_hand": "With what you set ({names}) nothing fits; the settings above leave it out.",
+    "plan.offload": "  optimizer states on the host would free {frees} GiB: not built; {instead} frees as much "
+    "(time {time} %)",
+    "plan.offload_alone": "  optimizer states on the host would free {frees} GiB: not built",
     "plan.switch": "  {flag}: frees {frees} GiB, time {time} %, fits: {fits}",
     "plan.switch_changes": "  {flag}: frees {frees} GiB, time {time} %, fits: {fits} (trains something else)",
     "plan.yes": "yes",

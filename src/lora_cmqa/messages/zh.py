@@ -61,6 +61,10 @@ TEXT: dict[str, str] = {
     "tokens.cannot_tell": "{tokens}：从词嵌入看不出基座是否学过（未用过的词元并不聚在一起）；只训练 LoRA。"
     "如要训练，请在 --trainable-tokens 中写出它们。",
     # train
+    "train.fit": "空闲 {memory} GiB（{device}）；计划峰值 {peak} GiB，设置为 {settings}",
+    "train.fit_unknown": "无法规划内存（{reason}）；按 --fit off 处理。",
+    "train.memory": "加载之后新增的内存：预计 {predicted} GiB，实测 {measured} GiB（{error} %）。",
+    "train.memory_off": "相差最多的一项：{row} 及其相关部分，预计 {predicted} GiB，实测 {measured} GiB。",
     "train.no_shared_prefixes": "使用 dropout 时每行需要各自的掩码：共享的开头将逐行计算。",
     "train.plain_kernel": "快速实现 {kernel} 在本机（{device}，{dtype}：{found}）与普通实现的结果不一致；"
     "改用普通实现，较慢，结果正确。",
@@ -128,6 +132,9 @@ TEXT: dict[str, str] = {
     "plan.fits": "放得下：需要 {peak} GiB，共有 {memory} GiB（{device}）。",
     "plan.fits_not": "放不下：需要 {peak} GiB，只有 {memory} GiB（{device}）。",
     "plan.changed": "按原设置需要 {asked} GiB；梯度不变而放得下的最快设置：{changes}",
+    "plan.by_hand": "按您指定的设置（{names}）都放不下；上面的设置没有保留它们。",
+    "plan.offload": "  把优化器状态放到主机内存可省 {frees} GiB：未实现；{instead} 可省同样多（时间 {time} %）",
+    "plan.offload_alone": "  把优化器状态放到主机内存可省 {frees} GiB：未实现",
     "plan.switch": "  {flag}：省 {frees} GiB，时间 {time} %，放得下：{fits}",
     "plan.switch_changes": "  {flag}：省 {frees} GiB，时间 {time} %，放得下：{fits}（训练的内容随之改变）",
     "plan.yes": "是",

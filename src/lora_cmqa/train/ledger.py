@@ -72,6 +72,7 @@ class Setup:
     r: int = 64
     targets: tuple[str, ...] | None = None  # of shape.linears; None: all seven
     trained_whole: int = 0  # parameters of modules_to_save
+    trained_tokens: int = 0  # whose rows of embedding and head are trained
     max_tokens: int = 2048  # of a micro-batch
     longest_row: int = 512
     mean_row: float | None = None  # of the rows, each counted as often as it has tokens
@@ -142,6 +143,15 @@ def trained(
         rows += [Row("modules_to_save: gradients", whole)] * gradients
         rows += [Row("modules_to_save: optimizer states", 2 * whole)] * moments
     return tuple(rows)
+
+
+def _token_rows(setup: Setup) -> tuple[Row, ...]:
+    """Rows of embedding and head that are trained, with gradient and moments: kilobytes (lora/tokens.py copies no
+    whole matrix)."""
+    if not setup.trained_tokens:
+        return ()
+    values = setup.trained_tokens * setup.shape.hidden * (1 if setup.shape.tied else 2)
+    return (Row("trained tokens: rows, gradients, optimizer states", 4 * values * lora_value_bytes(setup.value_bytes)),)
 
 
 # ---- what a micro-batch keeps ----------------------------------------------------------------------------------------
@@ -246,20 +256,24 @@ def dequantised(setup: Setup) -> tuple[Row, ...]:
 # ---- the phases ------------------------------------------------------------------------------------------------------
 
 
-def phases(setup: Setup) -> tuple[Phase, ...]:
-    """All moments at which a memory may be fullest, in the order of a run."""
+def phases(setup: Setup, *, first_step: bool = False) -> tuple[Phase, ...]:
+    """All moments at which a memory may be fullest, in the order of a run.
+
+    first_step  the optimizer makes its moments at the end of it: before that they are not there
+    """
     s, v = setup.shape, setup.value_bytes
     base = weights(shape=s, value_bytes=v, quantization=setup.quantization)
     lora = s.lora_parameters(setup.r, setup.targets)
 
-    def have(*, gradients: bool, moments: bool = True) -> tuple[Row, ...]:
-        return base + trained(
+    def have(*, gradients: bool, moments: bool = not first_step) -> tuple[Row, ...]:
+        rows = trained(
             lora_parameters=lora,
             trained_whole=setup.trained_whole,
             value_bytes=v,
             gradients=gradients,
             moments=moments,
         )
+        return base + rows + _token_rows(setup)
 
     moments = {
         "load": base + _largest_16_bit(setup),
@@ -271,7 +285,7 @@ def phases(setup: Setup) -> tuple[Phase, ...]:
             layer_backward(setup),
             *dequantised(setup),
         ),
-        "optimizer": have(gradients=True),
+        "optimizer": have(gradients=True, moments=True),
         "evaluation": (*have(gradients=False), layer_forward(setup), *head(setup), *dequantised(setup)),
     }
     rows = [Phase(name, (*there, *_around(setup, there))) for name, there in moments.items()]
@@ -322,10 +336,12 @@ def peak(setup: Setup) -> Phase:
     return max((p for p in phases(setup) if not p.on_host), key=lambda p: p.bytes)
 
 
-def growth(setup: Setup) -> Phase:
+def growth(setup: Setup, *, first_step: bool = False) -> Phase:
     """What training adds above the level after loading, at its fullest: all rows but the weights, base's and LoRA's."""
-    fullest = max((p for p in phases(setup) if not p.on_host and p.name != "load"), key=lambda p: p.bytes)
-    there = ("weights: ", "LoRA weights", "modules_to_save: copies", "Python, torch")
+    fullest = max(
+        (p for p in phases(setup, first_step=first_step) if not p.on_host and p.name != "load"), key=lambda p: p.bytes
+    )
+    there = ("weights: ", "LoRA weights", "modules_to_save: copies", "Python, torch", "CUDA context", "allocator slack")
     return Phase(fullest.name, tuple(row for row in fullest.rows if not row.name.startswith(there)))
 
 

@@ -47,10 +47,12 @@ from .checkpoint import BEST, load_checkpoint, newest_whole, restore_rng_state, 
 from .commit import check_space, disk_errors, remove_leftovers, write_file
 from .deterministic import deterministic_kernels
 from .dev_ranking import DevRanking, dev_ranking
-from .memory import memory_limit
+from .fit import Readings, checked, fitted, was_checked
+from .memory import memory_limit, peak_memory_bytes, read_mapped_weights
 from .model_card import model_card
 from .optim import Schedule, adamw, warmup_steps_of
 from .plain_peft import commands_for_plain_peft
+from .plan import MAX_TOKENS
 from .run_folder import (
     CARD,
     METRICS,
@@ -67,7 +69,7 @@ from .run_folder import (
     write_settings,
     write_state,
 )
-from .step import StepResult, train_step
+from .step import StepResult, backward_that_fits, train_step
 from .tracking import (
     DevMetrics,
     LossSpikes,
@@ -75,7 +77,6 @@ from .tracking import (
     Progress,
     TensorBoard,
     check_trackers,
-    peak_memory_bytes,
 )
 
 HINT = "Make room, or the folder writable, and run the same command again: it goes on from the last checkpoint."
@@ -208,6 +209,7 @@ class _Run:
     bad_in_a_row: int = 0
     tokens: int = 0
     rng: dict[str, str | None] | None = None  # of the checkpoint that is resumed
+    readings: Readings | None = None  # of the memory, until the first step has been compared with the plan
     signals: _StopSignals = field(default_factory=lambda: _StopSignals())
 
     def go(self) -> None:
@@ -234,23 +236,28 @@ class _Run:
             restore_rng_state(self.rng, next(self.model.parameters()).device)
 
     def _steps(self) -> None:
+        if self.step == 0 and not was_checked(self.folder):
+            self._try_the_fullest()
         if self._evaluation_due():  # before the first step; or a signal came before it could be made
             self._evaluate()
         self._obey_signal()
         t = self.config.train
         if self._has_stalled():  # stopped early, and killed before the end was written
             return
+        if self.readings is not None:
+            self.readings.forget_peak()
         for m in train_steps(
             self.model,
             self.stream,
             self.optimizer,
             self.schedule,
             max_grad_norm=t.max_grad_norm,
-            head_chunk=t.head_chunk,
+            head_chunk=t.head_chunk or CHUNK,
             on_bad_step=self._bad_step,
-            on_recut=lambda step, cut: self.progress.print(say("train.recut", step=step, max_tokens=cut)),
+            on_recut=self._say_recut,
         ):
             self.step, self.epoch = m.step, m.epoch
+            self._compare_memory()
             self.tokens += m.tokens
             if math.isfinite(m.loss) and math.isfinite(m.grad_norm):
                 self.bad_in_a_row = 0
@@ -269,6 +276,45 @@ class _Run:
                 self.progress.print(say_so)
                 return
             self._obey_signal()
+
+    def _try_the_fullest(self) -> None:
+        """The run's fullest micro-batch, forward and backward, before all others: what does not fit is cut now, and
+        memory is read. Its gradient is thrown away and the random state put back, so no result depends on it."""
+        read_mapped_weights(self.model)
+        self.model.train()
+        device = next(self.model.parameters()).device
+        self.readings = readings = Readings.begin(device)
+
+        def fullest() -> Batch:
+            batch = self.stream.largest()
+            readings.pack = batch.packs[0]
+            return batch
+
+        def recut(max_tokens: int) -> Batch:
+            self._say_recut(self.step, max_tokens)
+            self.stream.max_tokens = max_tokens
+            readings.forget_peak()
+            return fullest()
+
+        chunk = self.config.train.head_chunk or CHUNK
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            backward_that_fits(self.model, fullest(), self.optimizer, chunk, recut, readings.forward_is_done)
+        self.optimizer.zero_grad()
+        readings.note_peak()
+
+    def _compare_memory(self) -> None:
+        """Once, after the first step: predicted beside measured."""
+        if self.readings is None:
+            return
+        self.readings.note_peak()
+        precision = str(next(self.model.parameters()).dtype).removeprefix("torch.")
+        told = checked(self.config, self.folder, precision, self.readings)
+        self.readings = None
+        if told:
+            self.progress.print(told)
+
+    def _say_recut(self, step: int, max_tokens: int) -> None:
+        self.progress.print(say("train.recut", step=step, max_tokens=max_tokens))
 
     def _is_due(self, every: int) -> bool:
         """Every so many steps, or at the end of each epoch (0); always after the last step."""
@@ -471,13 +517,17 @@ def _tell(text: str) -> None:
 
 def _start(config: Config, folder: Path) -> _Run:
     """Read, encode, load, inject: everything that a first start and a resume do alike."""
-    m, d, t = config.model, config.data, config.train
+    m, d, t, asked = config.model, config.data, config.train, config
     forget_unborn_start(folder)
     device = pick_device(m.device)
     wanted = "bfloat16" if t.bf16 and m.dtype == "auto" else m.dtype
     dtype = pick_dtype(stored_dtype(folder) or wanted if wanted == "auto" else wanted, device)
     same_environment(folder, environment(device, dtype), anyway=t.resume == "anyway")
     train_examples, dev_examples = _read_rows(config)
+    config, told = fitted(config, folder, device, train_examples)
+    if told:
+        _tell(told)
+    t = config.train
     precision = str(dtype).removeprefix("torch.")
     model, tokenizer = load_model(
         m.name_or_path, dtype=precision, device=str(device), num_hidden_layers=m.num_hidden_layers
@@ -497,7 +547,7 @@ def _start(config: Config, folder: Path) -> _Run:
     stream = BatchStream(
         rows,
         rows_per_step=t.per_device_train_batch_size * t.gradient_accumulation_steps,
-        max_tokens=t.max_tokens,
+        max_tokens=t.max_tokens or MAX_TOKENS,
         num_train_epochs=t.num_train_epochs,
         max_steps=t.max_steps,
         seed=t.seed,
@@ -510,7 +560,7 @@ def _start(config: Config, folder: Path) -> _Run:
         check_fingerprint(folder, m.name_or_path)
     ranking = _dev_ranking(config, dev_examples, template)
     base = base_name(m.name_or_path)
-    write_settings(folder, config)
+    write_settings(folder, asked)
     return _Run(
         config=config,
         folder=folder,
@@ -525,7 +575,7 @@ def _start(config: Config, folder: Path) -> _Run:
             adam_epsilon=t.adam_epsilon,
         ),
         schedule=Schedule(t.lr_scheduler_type, t.learning_rate, warmup, stream.total_steps),
-        dev_packs=pack(dev_rows, max_tokens=t.max_tokens) if dev_rows else (),
+        dev_packs=pack(dev_rows, max_tokens=t.max_tokens or MAX_TOKENS) if dev_rows else (),
         dev_rows_sha256=rows_sha256(dev_rows),
         dev_ranking=ranking,
         companions=write_companions(

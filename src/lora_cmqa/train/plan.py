@@ -3,8 +3,9 @@
     Config + config.json -> Setup -> ledger (every GiB named) -> the fastest settings that fit the memory
                                                               -> what each switch buys and costs
 
-What is asked for is a ceiling: micro-batches may become smaller, layers may be recomputed, the head may work in
-smaller chunks. None of the three changes a gradient. A quantised base does, so it is only offered.
+What is not given is free below a ceiling: micro-batches may become smaller, layers may be recomputed, the head may work
+in smaller chunks. None of the three changes a gradient. A quantised base does, so it is only offered. What was given by
+hand is kept; where nothing fits with it, the plan shows what would fit without.
 """
 
 from __future__ import annotations
@@ -13,12 +14,13 @@ import math
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ..config import Config, bytes_of
+from ..core import Example
 from ..errors import ConfigError
 from ..messages import say
 from ..models.sizes import QWEN_V1_NAMES, Shape, cpu_computes_in_bfloat16, shape_of
@@ -36,6 +38,9 @@ CARDS: dict[str, tuple[float, float]] = {
     "H100": (989e12, 3350e9),
     "H200": (989e12, 4800e9),
 }
+# Where they are not given: the most that a run takes.
+MAX_TOKENS, HEAD_CHUNK = 2048, 512
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")  # what trainable_tokens auto trains at most, as far as a plan can know
 MARGIN = 0.05  # stays free when settings are chosen: a card shows less than it is sold with, and a plan may be off
 ASSUMED_MFU = 0.4  # share of the peak that training reaches; an assumption until a run on the card has measured it
 _OPERATIONS_PER_BYTE = 100  # of a card that is not in the table: what they all lie around
@@ -66,20 +71,22 @@ def plan(
     recipe      qwen-finetune: the ledger of Qwen v1's own finetune.py with the same numbers, instead
 
     Returns predicted_peak_bytes, fits, recipe (settings by their names), ledger [{name, bytes}] of the fullest moment,
-    phases (every moment, with its ledger), asked (the settings as given), switches, epoch (None without data).
+    phases (every moment, with its ledger), asked (the settings as given), by_hand (those that a person set),
+    keeps_by_hand (whether recipe keeps them), switches, offload (what the optimizer's states on the host would free,
+    and what frees as much), epoch (None without data).
     Raises ConfigError, ModelError for what cannot be read; DataError for the data folder.
     """
     shape = shape_of(config.model.name_or_path)
     if config.model.num_hidden_layers is not None:
         shape = shape.with_layers(config.model.num_hidden_layers)
-    memory = _memory(gpu_memory, gpu, config.model.device)
+    memory = memory_of(gpu_memory, gpu, config.model.device)
     if not memory.on_gpu and config.train.memory_limit is not None:
         memory = replace(memory, bytes=min(memory.bytes, bytes_of(config.train.memory_limit, "memory-limit")))
     if recipe == "qwen-finetune":
         return _qwen_plan(config, shape, memory)
     rows = _rows_of(config)
-    asked = setup_of(config, shape, on_gpu=memory.on_gpu, supervised=rows.supervised if rows else 1.0)
-    chosen = solve(asked, memory)
+    choice = choose(config, shape, memory, supervised=rows.supervised if rows else 1.0)
+    asked, chosen = choice.asked, choice.chosen
     fullest = peak(chosen)
     asked_peak = peak(asked).bytes
     return {
@@ -92,7 +99,10 @@ def plan(
         "peak_phase": fullest.name,
         "phases": [_plain(p) for p in phases(chosen)],
         "asked": {"predicted_peak_bytes": asked_peak, "fits": asked_peak <= memory.bytes, **settings_of(asked)},
+        "by_hand": sorted(f"train.{name}" for name in by_hand(config)),
+        "keeps_by_hand": choice.keeps_by_hand,
         "switches": [asdict(s) for s in switches(chosen, memory)],
+        "offload": offload(chosen, memory),
         "epoch": _epoch(chosen, rows, memory) if rows else None,
     }
 
@@ -108,6 +118,7 @@ def _plain(phase: Phase) -> dict[str, Any]:
 def setup_of(config: Config, shape: Shape, *, on_gpu: bool, supervised: float = 1.0) -> Setup:
     """What of the settings decides memory. `supervised`: the share of tokens that are taught; 1 is the worst."""
     t, longest = config.train, config.data.model_max_length
+    max_tokens = t.max_tokens or MAX_TOKENS
     step = t.per_device_train_batch_size * t.gradient_accumulation_steps * longest  # no micro-batch is larger
     layers = (t.checkpoint_layers or shape.layers) if t.gradient_checkpointing else 0
     return Setup(
@@ -116,11 +127,12 @@ def setup_of(config: Config, shape: Shape, *, on_gpu: bool, supervised: float = 
         r=config.lora.r,
         targets=_targets(config.lora.target_modules, shape),
         trained_whole=_trained_whole(config.lora.modules_to_save, shape),
-        max_tokens=min(t.max_tokens, step),
+        trained_tokens=len(TURN_TOKENS if "auto" in config.lora.trainable_tokens else config.lora.trainable_tokens),
+        max_tokens=min(max_tokens, step),
         longest_row=longest,
         supervised=supervised,
         checkpoint_layers=min(layers, shape.layers),
-        head_chunk=t.head_chunk,
+        head_chunk=t.head_chunk or HEAD_CHUNK,
         on_gpu=on_gpu,
         gives_back=t.memory_limit is not None,
     )
@@ -174,7 +186,7 @@ def _trained_whole(names: Sequence[str], shape: Shape) -> int:
 # ---- the memory there is ---------------------------------------------------------------------------------------------
 
 
-def _memory(gpu_memory: str | None, gpu: str | None, device: str) -> Memory:
+def memory_of(gpu_memory: str | None, gpu: str | None, device: str) -> Memory:
     if gpu is not None and _card(gpu) is None:
         raise ConfigError(f"--gpu {gpu!r} is not in the table", hint=f"One of {', '.join(CARDS)}.")
     if gpu_memory is not None:
@@ -218,26 +230,56 @@ def _card(name: str) -> tuple[float, float] | None:
 # ---- the fastest that fits -------------------------------------------------------------------------------------------
 
 
-def solve(asked: Setup, memory: Memory) -> Setup:
-    """`asked` where it fits with MARGIN; else the fastest settings below it that do; else those that take least."""
+@dataclass(frozen=True, slots=True)
+class Choice:
+    asked: Setup  # what is given, and the ceiling of what is not
+    chosen: Setup
+    keeps_by_hand: bool  # False: with what a person set nothing fits, and `chosen` would
+
+
+def choose(config: Config, shape: Shape, memory: Memory, *, supervised: float = 1.0) -> Choice:
+    """The fastest settings that fit beside those that a person set; where there are none, the fastest of all."""
+    asked, given = setup_of(config, shape, on_gpu=memory.on_gpu, supervised=supervised), by_hand(config)
+    chosen = solve(asked, memory, given)
+    if given and peak(chosen).bytes > memory.bytes:
+        free = solve(asked, memory)
+        if peak(free).bytes <= memory.bytes:
+            return Choice(asked, free, keeps_by_hand=False)
+    return Choice(asked, chosen, keeps_by_hand=True)
+
+
+def by_hand(config: Config) -> frozenset[str]:
+    """Of the settings that a plan may choose those that a person set."""
+    names = ("max_tokens", "gradient_checkpointing", "head_chunk")
+    return frozenset(name for name in names if getattr(config.train, name) is not None)
+
+
+def solve(asked: Setup, memory: Memory, kept: frozenset[str] = frozenset()) -> Setup:
+    """`asked` where it fits with MARGIN; else the fastest settings below it that do; else those that take least.
+
+    kept  names as `by_hand` gives them: they stay as asked
+    """
     room = memory.bytes * (1 - MARGIN)
     if peak(asked).bytes <= room:
         return asked
-    fitting = [s for s in _candidates(asked) if peak(s).bytes <= room]
+    sizes = {setup: peak(setup).bytes for setup in _candidates(asked, kept)}
+    fitting = [setup for setup, size in sizes.items() if size <= room]
     if fitting:
         return min(fitting, key=lambda s: cost(s, memory))
-    return min(_candidates(asked), key=lambda s: peak(s).bytes)
+    return min(sizes, key=lambda s: sizes[s])
 
 
-def _candidates(asked: Setup) -> Iterator[Setup]:
+def _candidates(asked: Setup, kept: frozenset[str] = frozenset()) -> Iterator[Setup]:
     tokens = asked.max_tokens
+    last = asked.checkpoint_layers if "gradient_checkpointing" in kept else asked.shape.layers
     sizes = [tokens]
-    while tokens > max(256, asked.longest_row):
+    while tokens > max(256, asked.longest_row) and "max_tokens" not in kept:
         tokens = max(tokens // 2, asked.longest_row)
         sizes.append(tokens)
+    chunks = (asked.head_chunk,) if "head_chunk" in kept else (asked.head_chunk, min(asked.head_chunk, 64))
     for size in sizes:
-        for layers in range(asked.checkpoint_layers, asked.shape.layers + 1):
-            for chunk in dict.fromkeys((asked.head_chunk, min(asked.head_chunk, 64))):
+        for layers in range(asked.checkpoint_layers, last + 1):
+            for chunk in dict.fromkeys(chunks):
                 yield replace(asked, max_tokens=size, checkpoint_layers=layers, head_chunk=chunk)
 
 
@@ -282,12 +324,30 @@ def switches(chosen: Setup, memory: Memory) -> tuple[Switch, ...]:
         changing["--lora.r 16"] = replace(chosen, r=16)
     if chosen.trained_whole:
         changing["--modules-to-save none"] = replace(chosen, trained_whole=0)
+    if chosen.quantization == "none":
+        changing["--quantization nf4"] = replace(chosen, quantization="nf4")
     now, speed = peak(chosen).bytes, cost(chosen, memory)
     return tuple(
         Switch(flag, now - then, cost(setup, memory) / speed - 1, peak(setup).bytes <= memory.bytes, flag in changing)
         for flag, setup in (other | changing).items()
         for then in (peak(setup).bytes,)
     )
+
+
+def offload(chosen: Setup, memory: Memory) -> dict[str, Any]:
+    """What the optimizer's states on the host would free, and the fastest settings that free as much.
+
+    It is not built: docs/decisions/0011-no-optimizer-offload.md has the numbers.
+    """
+    fullest = peak(chosen)
+    frees = sum(row.bytes for row in fullest.rows if row.name.endswith("optimizer states"))
+    fitting = [s for s in _candidates(chosen) if fullest.bytes - peak(s).bytes >= frees]
+    if not fitting:
+        return {"frees_bytes": frees, "instead": None, "time": None}
+    instead = min(fitting, key=lambda s: cost(s, memory))
+    now, then = settings_of(chosen), settings_of(instead)
+    changes = {name: then[name] for name in then if then[name] != now[name]}
+    return {"frees_bytes": frees, "instead": changes, "time": cost(instead, memory) / cost(chosen, memory) - 1}
 
 
 # ---- the data's share: operations and time of an epoch ---------------------------------------------------------------
@@ -314,7 +374,12 @@ def _rows_of(config: Config) -> RowCount | None:
     examples = load_split(
         Path(config.data.path), "train", dev_fraction=config.data.dev_fraction, seed=config.train.seed
     )
-    longest, rows, tokens, taught = config.data.model_max_length, 0, 0, 0
+    return count_rows(examples, config.data.model_max_length)
+
+
+def count_rows(examples: Iterable[Example], longest: int) -> RowCount | None:
+    """None where no row is left."""
+    rows, tokens, taught = 0, 0, 0
     for example in examples:
         turns = [(m.role, TOKENS_PER_CHARACTER * len(m.content) + TOKENS_PER_TURN) for m in example.messages]
         total = sum(n for _, n in turns)
@@ -356,7 +421,7 @@ def _qwen_plan(config: Config, shape: Shape, memory: Memory) -> dict[str, Any]:
         return qwen_recipe.peak(shape.with_layers(layers), embeddings=embeddings, **asked)
 
     now, half = fullest(shape.layers, embeddings), max(1, shape.layers // 2)
-    ours = solve(setup_of(config, shape, on_gpu=True), memory)
+    ours = choose(config, shape, memory if memory.on_gpu else replace(memory, device="gpu")).chosen
     return {
         "model": {"name": shape.name, "parameters": shape.parameters},
         "memory": asdict(memory),

@@ -44,9 +44,8 @@ def lines(result: dict[str, Any]) -> list[str]:
     if "why" in result:
         return [*said, explain(result)]
     asked, recipe = result["asked"], result["recipe"]
-    changed = [f"--{k.replace('_', '-')} {v}" for k, v in recipe.items() if k in asked and asked[k] != v]
-    if changed:
-        said.append(say("plan.changed", asked=_gib(asked["predicted_peak_bytes"]), changes="  ".join(changed)))
+    if changed := {k: v for k, v in recipe.items() if k in asked and asked[k] != v}:
+        said.append(say("plan.changed", asked=_gib(asked["predicted_peak_bytes"]), changes=_flags(changed)))
     for s in result["switches"]:
         key = "plan.switch_changes" if s["changes_gradient"] else "plan.switch"
         said.append(
@@ -57,6 +56,16 @@ def lines(result: dict[str, Any]) -> list[str]:
                 time=f"{100 * s['time']:+.0f}",
                 fits=say("plan.yes") if s["fits"] else say("plan.no"),
             )
+        )
+    if not result["keeps_by_hand"]:
+        said.append(say("plan.by_hand", names="  ".join(f"--{n.replace('_', '-')}" for n in result["by_hand"])))
+    off = result["offload"]
+    if off["frees_bytes"]:
+        frees = f"{off['frees_bytes'] / 2**30:+.2f}"
+        said.append(
+            say("plan.offload_alone", frees=frees)
+            if off["instead"] is None
+            else say("plan.offload", frees=frees, instead=_flags(off["instead"]), time=f"{100 * off['time']:+.0f}")
         )
     for phase in result["phases"]:
         where = say("plan.host") if phase["on_host"] else say("plan.device")
@@ -75,6 +84,10 @@ def lines(result: dict[str, Any]) -> list[str]:
                 )
             )
     return said
+
+
+def _flags(settings: dict[str, Any]) -> str:
+    return "  ".join(f"--{name.replace('_', '-')} {value}" for name, value in settings.items())
 
 
 def write_page(result: dict[str, Any], file: Path) -> None:

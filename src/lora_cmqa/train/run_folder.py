@@ -2,6 +2,7 @@
 
 config.yaml            every setting, resolved; a second start compares it
 environment.json       versions, device, dtype, threads: what a resume takes as it was
+memory.json            what --fit chose, likewise; the peak predicted and the one measured after the first step
 generation_config.json chat_template.jinja tokenizer files fingerprint.json README.md     written once, at the start
 adapter_config.json adapter_model.safetensors     best on dev when there is a dev set, else the last
 trainer_state.json     says which; "finished": true is written last of all
@@ -34,6 +35,8 @@ from ..lora.adapter import CONFIG, WEIGHTS
 from ..lora.fingerprint import write_fingerprint
 from .checkpoint import STATE
 from .commit import is_disk_error, write_file
+from .fit import FILE as CHOSEN
+from .fit import stored_settings
 
 SETTINGS, ENVIRONMENT, METRICS, LOCK, CARD = "config.yaml", "environment.json", "metrics.jsonl", "run.lock", "README.md"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
@@ -41,7 +44,7 @@ TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 _FREE = {
     *("train.output_dir", "train.resume", "train.logging_steps", "train.report_to", "train.save_total_limit"),
     "data.token_cache_gib",
-    "train.memory_limit",  # it may cut micro-batches, which changes no gradient
+    *("train.memory_limit", "train.fit"),  # they may cut micro-batches, which changes no gradient
 }
 _COMPARED = ("versions", "processor", "device", "dtype", "float32_matmul_precision")
 
@@ -87,6 +90,8 @@ def check_same_config(folder: Path, config: Config) -> bool:
     if not file.exists():
         return False
     then, now = as_flat_dict(parse(Config, yaml_file=file)), as_flat_dict(config)
+    for name, value in stored_settings(folder).items():  # left open is as good as what was chosen
+        then[name], now[name] = (value if side[name] is None else side[name] for side in (then, now))
     differing = [k for k in now if then[k] != now[k] and k not in _FREE and not k.startswith("evaluate.")]
     if differing:
         named = ", ".join(f"--{k.replace('_', '-')} {_shown(then[k])} then, {_shown(now[k])} now" for k in differing)
@@ -183,6 +188,7 @@ def forget_unborn_start(folder: Path) -> None:
     """A first start that was killed before it wrote its settings has bound nobody to what it chose."""
     if not (folder / SETTINGS).exists():
         (folder / ENVIRONMENT).unlink(missing_ok=True)
+        (folder / CHOSEN).unlink(missing_ok=True)
 
 
 def _stored_environment(file: Path) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def train_step(
     """
     model.train()
     optimizer.zero_grad()
-    total = _backward_that_fits(model, batch, optimizer, head_chunk, recut)
+    total = backward_that_fits(model, batch, optimizer, head_chunk, recut)
     norm = clip_by_global_norm(lora_parameters(model), max_grad_norm)
     result = StepResult(loss=float(total) / batch.step_supervised_tokens, grad_norm=float(norm))
     if result.is_finite:
@@ -64,16 +64,18 @@ def train_step(
     return result
 
 
-def _backward_that_fits(
+def backward_that_fits(
     model: Any,
     batch: Batch,
     optimizer: torch.optim.Optimizer,
     head_chunk: int,
     recut: Callable[[int], Batch] | None,
+    after_forward: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
+    """`backward`; where the memory runs out, from the beginning with the batch that `recut` gives (`train_step`)."""
     while True:
         try:
-            return backward(model, batch, head_chunk)
+            return backward(model, batch, head_chunk, after_forward)
         except Exception as e:
             if not is_out_of_memory(e):
                 raise
@@ -93,11 +95,17 @@ def _backward_that_fits(
         batch = recut(max(shared) // 2)
 
 
-def backward(model: Any, batch: Batch, head_chunk: int = CHUNK) -> torch.Tensor:
-    """Add the gradient of the step's loss to `.grad`; the sum of this rank's token losses, float64, 0-dim."""
+def backward(
+    model: Any, batch: Batch, head_chunk: int = CHUNK, after_forward: Callable[[], None] = lambda: None
+) -> torch.Tensor:
+    """Add the gradient of the step's loss to `.grad`; the sum of this rank's token losses, float64, 0-dim.
+
+    `after_forward` is called for each pack while all that its backward needs is kept.
+    """
     total = torch.zeros((), dtype=torch.float64)
     for pack in batch.packs:
         losses = pack_losses(model, pack, chunk=head_chunk)
+        after_forward()
         (losses.sum() / batch.step_supervised_tokens).backward()
         total = total.to(losses.device) + losses.detach().double().sum()
     return total

@@ -19,8 +19,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..core import StepMetrics
 from ..errors import ConfigError
 from ..messages import say
@@ -115,28 +113,6 @@ class LossSpikes:
         is_spike = loss - usual > self.FAR * max(spread, self.FLOOR * usual)
         self._last.append(loss)
         return usual if is_spike else None
-
-
-# ---- memory ------------------------------------------------------------------------------------------------------
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """CUDA: the allocator's peak. CPU: the process's peak resident set."""
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    try:
-        import resource
-        import sys
-    except ImportError:  # Windows
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, KiB elsewhere
 
 
 # ---- the terminal ------------------------------------------------------------------------------------------------
