@@ -5,7 +5,8 @@
 Moments are drawn from the seed in two kinds, in turn: some way into a random step (when metrics.jsonl shows that the
 step before it is done) and some way into a random save (when its temporary folder appears). Which one it hit is read
 off the folder afterwards: a temporary folder that is left means inside a save. Every fifth run is killed once more.
-The children are forks of one process that has imported everything, so a run of the tiny model takes about a second.
+Half of the runs have dropout, half have shared prefixes. The children are forks of one process that has imported
+everything, so a run of the tiny model takes about a second.
 One line is added to benchmarks/results/kill.jsonl.
 """
 
@@ -38,30 +39,36 @@ from lora_cmqa.train.run_folder import environment
 STEPS, SAVE_STEPS, EVAL_STEPS, ROWS = 12, 2, 2, 24
 
 
-def config_of(folder: Path) -> Config:
-    """The tiny model with dropout, a dev set whose best is kept, a checkpoint every other step."""
+KINDS = ("dropout", "shared prefixes")  # the one keeps the other off, so half of the runs are of each
+
+
+def config_of(folder: Path, kind: str) -> Config:
+    """The tiny model, a dev set whose best is kept, a checkpoint every other step; two answers to each question."""
     topics = ("头痛", "发烧", "咳嗽", "失眠", "胃痛")
-    rows = [
+    lines = [
         {
             "id": f"row-{i}",
-            "conversations": [
-                {"from": "user", "value": f"{topics[i % 5]}第{i}天，怎么办？"},
-                {"from": "assistant", "value": f"{topics[i % 5]}要多休息。" + "必要时就医。" * (i % 4)},
+            "question_id": f"question-{i // 2}",
+            "split": "dev" if i >= ROWS - 4 else "train",
+            "messages": [
+                {"role": "user", "content": f"{topics[i // 2 % 5]}第{i // 2}天，怎么办？"},
+                {"role": "assistant", "content": f"{topics[i // 2 % 5]}要多休息。" + "必要时就医。" * (i % 4)},
             ],
         }
         for i in range(ROWS)
     ]
-    data = folder / "rows.json"
-    data.write_text(json.dumps(rows, ensure_ascii=False), encoding="utf-8")
+    data = folder / "rows.jsonl"
+    data.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
     return Config(
         model=ModelConfig(name_or_path="tiny", dtype="float32", device="cpu"),
-        data=DataConfig(path=str(data), dev_fraction=0.2),
-        lora=LoraConfig(r=4, lora_dropout=0.1),
+        data=DataConfig(path=str(data), system="你是一名医生。"),
+        lora=LoraConfig(r=4, lora_dropout=0.1 if kind == "dropout" else 0.0),
         train=TrainConfig(
             per_device_train_batch_size=4,
             gradient_accumulation_steps=1,
             max_steps=STEPS,
-            learning_rate=0.25,  # so high that the best is not always the last, and must be kept
+            learning_rate=0.6,  # so high that dev losses go up and down
+            lr_scheduler_type="constant",
             save_steps=SAVE_STEPS,
             eval_steps=EVAL_STEPS,
             max_tokens=256,
@@ -180,26 +187,36 @@ def reference(config: Config) -> tuple[dict[str, Any], dict[str, float]]:
 def kill_many(kills: int, seed: int, folder: Path) -> dict[str, Any]:
     """`kills` runs, each killed at a moment of its own and started again; how many ended as the one left alone."""
     torch.set_num_threads(1)  # OpenMP's threads do not live on in a fork
-    config = config_of(folder)
 
-    def into(name: str) -> Config:
-        return replace(config, train=replace(config.train, output_dir=str(folder / name)))
+    seeds: dict[str, int] = {}
 
-    expected, seconds = reference(into("whole"))
+    def into(name: str, kind: str) -> Config:
+        config = config_of(folder, kind)
+        return replace(config, train=replace(config.train, seed=seeds[kind], output_dir=str(folder / name)))
+
+    expected, seconds = {}, {}
+    for kind in KINDS:
+        for seeds[kind] in range(20):  # the first whose best adapter is not its last, so that both must be kept
+            expected[kind], seconds[kind] = reference(into(f"whole-{kind}-{seeds[kind]}", kind))
+            if expected[kind]["state"]["best_global_step"] < STEPS:
+                break
     rng, hits, reached = random.Random(seed), Counter[str](), Counter[int]()
+    kinds = Counter[str]()
     identical = second_kills = too_late = 0
     while hits.total() < kills:
         i = hits.total()
-        mine = into(f"killed-{i}-{too_late}")
+        kind = KINDS[i // 2 % 2]
+        mine = into(f"killed-{i}-{too_late}", kind)
         run = Path(mine.train.output_dir or "")
-        if not kill_at(draw(("step", "save")[i % 2], rng, seconds), mine):
+        if not kill_at(draw(("step", "save")[i % 2], rng, seconds[kind]), mine):
             too_late += 1
             continue
         hits[where_it_hit(run)] += 1
         reached[steps_done(run)] += 1
+        kinds[kind] += 1
         if i % 5 == 0:
-            second_kills += kill_at(draw(rng.choice(("step", "save")), rng, seconds), mine)
-        same = wait(start(mine)) == 0 and end_of(run) == expected
+            second_kills += kill_at(draw(rng.choice(("step", "save")), rng, seconds[kind]), mine)
+        same = wait(start(mine)) == 0 and end_of(run) == expected[kind]
         identical += same
         if not same:
             print(f"run {i} ended otherwise: {run}", file=sys.stderr)
@@ -212,7 +229,9 @@ def kill_many(kills: int, seed: int, folder: Path) -> dict[str, Any]:
         "killed_a_second_time": second_kills,
         "moments_after_the_end_drawn_again": too_late,
         "killed_after_step": {str(k): reached[k] for k in sorted(reached)},
-        "adapter_sha256": expected["adapter"],
+        "runs": dict(kinds),
+        "best_step": {kind: expected[kind]["state"]["best_global_step"] for kind in KINDS},
+        "adapter_sha256": {kind: expected[kind]["adapter"] for kind in KINDS},
     }
 
 
@@ -230,7 +249,7 @@ def main() -> None:
         values | {"seconds": round(time.perf_counter() - started)},
         device=about["processor"],
         versions=about["versions"],
-        data=f"{ROWS} made-up rows",
+        data=f"{ROWS} made-up rows, two answers a question",
         settings={"model": "tiny", "steps": STEPS, "save_steps": SAVE_STEPS, "eval_steps": EVAL_STEPS, "threads": 1},
         seed=args.seed,
     )

@@ -18,10 +18,12 @@ import pytest
 import torch
 
 from lora_cmqa.config import as_yaml
-from lora_cmqa.errors import ConfigError, Interrupted, RunError
-from lora_cmqa.train import commit, loop
+from lora_cmqa.errors import ConfigError, Interrupted, ResourceError, RunError
+from lora_cmqa.kernels.table import rms_norm
+from lora_cmqa.train import commit, loop, step
 from lora_cmqa.train.checkpoint import damage, list_checkpoints, newest_whole
 from lora_cmqa.train.loop import train
+from lora_cmqa.train.run_folder import CUTS, read_cuts
 
 from .conftest import in_a_child, outcome, sha256, without_time
 
@@ -224,6 +226,121 @@ def test_case_37_a_damaged_checkpoint_is_named_and_skipped(seven, tmp_path, to_t
     assert "checkpoint-4" in capsys.readouterr().err
 
 
+# ---- shared prefixes, and a memory that ran out ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(settings, tmp_path):
+    """shared() -> settings of 7 steps over questions of one to four answers under a system prompt, computed once."""
+    rows = tmp_path / "answers.jsonl"
+    lines = []
+    for q in range(14):
+        for a in range(1 + q % 4):
+            question = {"role": "user", "content": f"头痛第{q}天，还伴有低烧和乏力，应该怎么办？"}
+            answer = {"role": "assistant", "content": f"第{a}位医生：要多休息。" + "必要时就医。" * (q % 3)}
+            about = {"id": f"{q}-{a}", "question_id": f"q-{q}", "split": "dev" if q > 11 else "train"}
+            lines.append(about | {"messages": [question, answer]})
+    rows.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+
+    def make(**train):
+        config = settings(**{"max_steps": 7, "learning_rate": 0.05, "per_device_train_batch_size": 6, **train})
+        data = replace(config.data, path=str(rows), system="你是一名医生，请简短回答。", dev_fraction=0.0)
+        lora = replace(config.lora, lora_dropout=0.0)
+        return replace(config, data=data, lora=lora, train=replace(config.train, max_tokens=400))
+
+    return make
+
+
+@pytest.mark.parametrize(("where", "count"), [("step", 2), ("step", 6), ("write", 30), ("rename", 2)])
+def test_case_39_with_shared_prefixes(shared, tmp_path, where, count):
+    to_the_end = outcome(train(shared(output_dir=str(tmp_path / "whole"))))
+    alone = shared(output_dir=str(tmp_path / "alone"))
+    rows = without_time(train(replace(alone, data=replace(alone.data, shared_prefixes=False))))
+    computed = [sum(m.get("tokens", 0) for m in metrics if "loss" in m) for metrics in (to_the_end["metrics"], rows)]
+    assert computed[0] < 0.8 * computed[1]  # what is resumed below does share
+    killed(shared(), where, count)
+    assert outcome(train(shared())) == to_the_end
+
+
+def out_of_memory_in(monkeypatch, step_: int) -> None:
+    """The second pack of that step fails once, when the first has drawn its dropout; a smaller cut then fits.
+    Step 0: the fullest micro-batch, which is tried before all others."""
+    real_step, real_losses, now, packs = step.backward, step.pack_losses, [0], [0]
+
+    def watched(model, batch, *args):
+        now[0], packs[0] = batch.step, 0
+        return real_step(model, batch, *args)
+
+    def losses(*args, **kwargs):
+        packs[0] += 1
+        if (now[0], packs[0]) == (step_, 2 if step_ else 1) and not failed:
+            failed.append(True)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real_losses(*args, **kwargs)
+
+    failed: list[bool] = []
+    monkeypatch.setattr(step, "backward", watched)
+    monkeypatch.setattr(step, "pack_losses", losses)
+
+
+@pytest.mark.parametrize("kind", ["dropout", "shared prefixes"])
+@pytest.mark.parametrize(
+    ("out_of_memory", "where", "count"),
+    [(0, "step", 2), (1, "step", 6), (3, "step", 4), (3, "write", 30), (1, "retry", 1), (3, "retry", 3)],
+    ids=[
+        "before step 1",
+        "split before the checkpoint",
+        "split after it",
+        "in the next save",
+        "inside the split step",
+        "and later",
+    ],
+)
+def test_case_39_after_the_memory_ran_out(seven, shared, tmp_path, monkeypatch, kind, out_of_memory, where, count):
+    """The resumed run has all the memory it wants, and cuts as the killed one did, from the same step on."""
+    make = (lambda **m: seven(per_device_train_batch_size=8, **m)) if kind == "dropout" else shared
+    whole = make(output_dir=str(tmp_path / "whole"))
+    plain = outcome(train(make(output_dir=str(tmp_path / "plain"))))
+    with monkeypatch.context() as m:
+        out_of_memory_in(m, out_of_memory)
+        to_the_end = outcome(train(whole))
+    cuts = read_cuts(tmp_path / "whole")
+    assert [since for since, _ in cuts] == [max(1, out_of_memory)]
+    assert to_the_end["state"]["max_tokens"] == cuts[0][1] < plain["state"]["max_tokens"]
+    assert to_the_end["adapter"] != plain["adapter"]  # sums of other packs, other dropout: a resume cannot do without
+    with monkeypatch.context() as m:
+        out_of_memory_in(m, out_of_memory)
+        if where == "retry":
+            m.setattr(loop, "write_cuts", lambda *a, real=loop.write_cuts: (real(*a), os.kill(os.getpid(), 9)))
+            assert in_a_child(lambda: train(make())) == -signal.SIGKILL
+        else:
+            killed(make(), where, count)
+    assert outcome(train(make())) == to_the_end
+
+
+def test_a_step_that_never_fitted_leaves_no_cut(seven, tmp_path, monkeypatch):
+    """The cuts that led nowhere are not taken on: with more memory, the run ends as one that always had it."""
+    to_the_end = outcome(train(seven(output_dir=str(tmp_path / "whole"))))
+    with monkeypatch.context() as m:
+        m.setattr(step, "pack_losses", lambda *_, **__: torch.empty(2**62, dtype=torch.uint8))
+        with pytest.raises(ResourceError, match="cannot be cut smaller"):
+            train(seven())
+    assert read_cuts(tmp_path / "run") == []
+    (tmp_path / "run" / CUTS).unlink()
+    assert outcome(train(seven())) == to_the_end
+
+
+@pytest.mark.parametrize(("content", "named"), [("[]", "cut to 128"), ('{"a"', "how micro-batches were cut")])
+def test_cuts_that_were_lost_are_named(seven, tmp_path, monkeypatch, content, named):
+    with monkeypatch.context() as m:
+        out_of_memory_in(m, 1)
+        killed(seven(per_device_train_batch_size=8), "step", 4)
+    assert read_cuts(tmp_path / "run") != []
+    (tmp_path / "run" / CUTS).write_text(content)
+    with pytest.raises(RunError, match=named.replace("128", r"\d+")):
+        train(seven(per_device_train_batch_size=8))
+
+
 # ---- what a resume takes as it was ----------------------------------------------------------------------------------
 
 
@@ -293,6 +410,31 @@ def test_the_dtype_that_auto_chose_is_taken_as_it_was(settings, tmp_path, monkey
         else:
             train(config)
     assert json.loads((tmp_path / "run" / "environment.json").read_text())["dtype"] == "bfloat16"
+
+
+def test_the_kernels_that_were_chosen_are_taken_as_they_were(seven, tmp_path, to_the_end, monkeypatch):
+    """A fast kernel that failed its check at the first start stays out, also where a later check would take it; one
+    that passed and now fails is named."""
+
+    def raises(*_args, **_kwargs):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(rms_norm, "plain", False)
+    with monkeypatch.context() as m:
+        m.setattr(rms_norm, "fast", raises)
+        plain = outcome(train(seven(output_dir=str(tmp_path / "plain"))))
+        killed(seven(), "step", 4)
+    assert outcome(train(seven())) == plain
+    assert rms_norm.plain
+    stored = json.loads((tmp_path / "run" / "environment.json").read_text())
+    assert stored["plain_kernels"] == ["rms_norm"]
+
+    other = seven(output_dir=str(tmp_path / "other"))
+    killed(other, "step", 4)
+    monkeypatch.setattr(rms_norm, "fast", raises)
+    with pytest.raises(RunError, match=r"\(plain_kernels: \[\] then, \['rms_norm'\] now\)"):
+        train(other)
+    train(replace(other, train=replace(other.train, resume="anyway")))
 
 
 def test_other_rows_are_refused(settings, tmp_path, rows_file):

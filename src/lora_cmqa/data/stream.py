@@ -36,6 +36,7 @@ class BatchStream:
     num_train_epochs  may be a fraction; max_steps > 0 wins over it
     order             rows of every epoch in this order instead of the seeded one (for comparisons with other trainers)
     shared_prefixes   what rows of a pack have in common is computed once; not with `order`
+    cuts              (step, max_tokens): from that step on, packs are at most so large; `recut` adds to it
     """
 
     def __init__(
@@ -62,6 +63,7 @@ class BatchStream:
         self.steps_per_epoch = math.ceil(len(rows) / rows_per_step)
         by_epochs = math.ceil(num_train_epochs * self.steps_per_epoch - 1e-9)
         self.total_steps = max_steps if max_steps > 0 else max(1, by_epochs)
+        self.cuts: list[tuple[int, int]] = []
         self._step = 0  # steps given out so far
 
     @property
@@ -97,8 +99,12 @@ class BatchStream:
 
     def recut(self, max_tokens: int) -> Batch:
         """The batch given out last once more, and all later ones, in packs of at most `max_tokens`: the same rows."""
-        self.max_tokens = max_tokens
+        self.cuts.append((self._step, max_tokens))
         return self._batch(self._step - 1)
+
+    def max_tokens_at(self, step: int) -> int:
+        """The largest pack of that step: the setting, or less from the step on in which the memory ran out."""
+        return min([self.max_tokens, *(most for since, most in self.cuts if since <= step)])
 
     def largest(self) -> Batch:
         """One micro-batch of the fewest, longest rows: about the fullest that any step of the run can hold."""
@@ -106,7 +112,7 @@ class BatchStream:
         packs = [
             p
             for rows in (longest, longest[: self.rows_per_step])
-            for p in pack(rows, max_tokens=self.max_tokens, shared_prefixes=self.shared_prefixes)
+            for p in pack(rows, max_tokens=self.max_tokens_at(1), shared_prefixes=self.shared_prefixes)
             if len(p.example_ids) <= self.rows_per_step
         ]
         fullest = max(packs, key=lambda p: p.tokens)
@@ -118,7 +124,7 @@ class BatchStream:
         units = [[self.rows[i] for i in unit] for unit in steps[place]]
         mine = [row for unit in units[self.rank :: self.world_size] for row in unit]
         return Batch(
-            packs=pack(mine, max_tokens=self.max_tokens, shared_prefixes=self.shared_prefixes),
+            packs=pack(mine, max_tokens=self.max_tokens_at(index + 1), shared_prefixes=self.shared_prefixes),
             step=index + 1,
             epoch=epoch + rows_done[place] / len(self.rows),
             step_supervised_tokens=sum(row.supervised_tokens for unit in units for row in unit),

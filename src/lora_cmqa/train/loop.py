@@ -31,7 +31,7 @@ from ..data.prepare import load_split
 from ..data.stream import BatchStream, rows_sha256
 from ..data.template import ChatTemplate, EncodeReport
 from ..data.token_cache import encode_cached
-from ..errors import ConfigError, DataError, Interrupted, RunError
+from ..errors import ConfigError, DataError, Interrupted, ResourceError, RunError
 from ..kernels.head import CHUNK
 from ..kernels.table import check_kernels
 from ..lora.adapter import WEIGHTS, adapter_files
@@ -55,6 +55,7 @@ from .plain_peft import commands_for_plain_peft
 from .plan import MAX_TOKENS
 from .run_folder import (
     CARD,
+    CUTS,
     METRICS,
     RunLock,
     check_same_config,
@@ -62,10 +63,13 @@ from .run_folder import (
     forget_unborn_start,
     is_finished,
     open_run_folder,
+    read_cuts,
     same_environment,
     stored_dtype,
+    stored_plain_kernels,
     write_adapter,
     write_companions,
+    write_cuts,
     write_settings,
     write_state,
 )
@@ -130,18 +134,21 @@ def train_steps(
 
     Between two steps the caller may evaluate, save (`stream.state` is the place) or stop.
     A step whose loss or gradient is not finite changes nothing; `on_bad_step` hears of it before it is yielded.
-    When the memory runs out, `stream.max_tokens` is lowered for good and the step goes on; `on_recut(step, max_tokens)`
-    hears of it. Raises ResourceError when single rows do not fit.
+    When the memory runs out, `stream.cuts` has one more for good; `on_recut(step, max_tokens)` hears of it, then the
+    step goes on. Raises ResourceError when single rows do not fit.
     """
     device = next(model.parameters()).device
     for batch, _ in stream:
         started = time.perf_counter()
         rate = schedule.learning_rate_at(batch.step)
 
-        def recut(max_tokens: int, step: int = batch.step) -> Batch:
+        cut = [batch]  # what is computed counts, and with shared prefixes a smaller cut computes more
+
+        def recut(max_tokens: int, cut: list[Batch] = cut) -> Batch:
+            cut.append(stream.recut(max_tokens))
             if on_recut is not None:
-                on_recut(step, max_tokens)
-            return stream.recut(max_tokens)
+                on_recut(cut[-1].step, max_tokens)
+            return cut[-1]
 
         result = train_step(
             model, batch, optimizer, learning_rate=rate, max_grad_norm=max_grad_norm, head_chunk=head_chunk, recut=recut
@@ -154,10 +161,10 @@ def train_steps(
             loss=result.loss,
             grad_norm=result.grad_norm,
             learning_rate=rate,
-            tokens=batch.tokens,
+            tokens=cut[-1].tokens,
             supervised_tokens=batch.supervised_tokens,
             world_size=stream.world_size,
-            time=_time(started, batch.tokens, device),
+            time=_time(started, cut[-1].tokens, device),
         )
 
 
@@ -222,6 +229,9 @@ class _Run:
             self._set_random_state()
             try:
                 self._steps()
+            except ResourceError:
+                self._forget_cuts_of_a_step_not_made()
+                raise
             finally:
                 self.metrics.close()
                 if self.board is not None:
@@ -254,7 +264,7 @@ class _Run:
             max_grad_norm=t.max_grad_norm,
             head_chunk=t.head_chunk or CHUNK,
             on_bad_step=self._bad_step,
-            on_recut=self._say_recut,
+            on_recut=self._recut,
         ):
             self.step, self.epoch = m.step, m.epoch
             self._compare_memory()
@@ -291,8 +301,8 @@ class _Run:
             return batch
 
         def recut(max_tokens: int) -> Batch:
-            self._say_recut(self.step, max_tokens)
-            self.stream.max_tokens = max_tokens
+            self.stream.cuts.append((1, max_tokens))
+            self._recut(self.step, max_tokens)
             readings.forget_peak()
             return fullest()
 
@@ -312,9 +322,6 @@ class _Run:
         self.readings = None
         if told:
             self.progress.print(told)
-
-    def _say_recut(self, step: int, max_tokens: int) -> None:
-        self.progress.print(say("train.recut", step=step, max_tokens=max_tokens))
 
     def _is_due(self, every: int) -> bool:
         """Every so many steps, or at the end of each epoch (0); always after the last step."""
@@ -374,6 +381,17 @@ class _Run:
             hint="Run the same command again: it goes on from there.",
         )
 
+    def _recut(self, step: int, max_tokens: int) -> None:
+        """On the disk before the step goes on: a resume that makes it once more cuts it alike."""
+        write_cuts(self.folder, self.stream.cuts)
+        self.progress.print(say("train.recut", step=step, max_tokens=max_tokens))
+
+    def _forget_cuts_of_a_step_not_made(self) -> None:
+        """Single rows did not fit: whoever gives the run more memory gets no smaller cut than it then needs."""
+        made = [cut for cut in self.stream.cuts if cut[0] <= self.step]
+        if len(made) < len(self.stream.cuts):
+            write_cuts(self.folder, made)
+
     def _bad_step(self, batch: Batch, result: StepResult) -> None:
         folder = self.folder / "bad-batches"
         folder.mkdir(exist_ok=True)
@@ -423,12 +441,13 @@ class _Run:
             "dev_rows_sha256": self.dev_rows_sha256,
             "bad_steps_in_a_row": self.bad_in_a_row,
             "tokens": self.tokens,
-            "max_tokens": self.stream.max_tokens,  # smaller than the setting once the memory ran out
+            "max_tokens": self.stream.max_tokens_at(self.step),  # smaller than the setting once the memory ran out
         }
 
     def _resume(self) -> int:
         """Put everything back as the newest whole checkpoint has it; the step it stands at, 0 at a first start."""
         remove_leftovers(self.folder)
+        self.stream.cuts = read_cuts(self.folder)
         found, damaged = newest_whole(self.folder)
         for reason in damaged:
             _tell(say("train.passed_over", reason=reason))
@@ -443,13 +462,19 @@ class _Run:
                 file=self.folder,
                 hint="Train into another --output-dir.",
             )
+        if s["max_tokens"] != self.stream.max_tokens_at(stored.step):
+            raise RunError(
+                f"it does not tell that micro-batches were cut to {s['max_tokens']} tokens by step {stored.step}, when "
+                "the memory had run out",
+                file=self.folder / CUTS,
+                hint="Start anew with another --output-dir.",
+            )
         self.step, self.epoch, self.tokens = stored.step, s["epoch"], s["tokens"]
         self.best_step, self.evaluated_step = s["best_global_step"], s["evaluated_step"]
         self.since_best = s["evaluations_since_best"]
         if self.best_step:
             self.best_score = s["best_metric"] if self._goes_by_loss else -s["best_metric"]
         self.bad_in_a_row = s["bad_steps_in_a_row"]
-        self.stream.max_tokens = s["max_tokens"]
         if self.best_step:  # a later best may have been written before the run was killed
             best = (found / (WEIGHTS if self.best_step == self.step else BEST)).read_bytes()
             write_adapter(self.folder, self._adapter_files() | {WEIGHTS: best})
@@ -522,7 +547,11 @@ def _start(config: Config, folder: Path) -> _Run:
     device = pick_device(m.device)
     wanted = "bfloat16" if t.bf16 and m.dtype == "auto" else m.dtype
     dtype = pick_dtype(stored_dtype(folder) or wanted if wanted == "auto" else wanted, device)
-    same_environment(folder, environment(device, dtype), anyway=t.resume == "anyway")
+    plain = check_kernels(device, dtype, plain=stored_plain_kernels(folder))
+    now = environment(device, dtype) | {"plain_kernels": sorted(plain)}
+    same_environment(folder, now, anyway=t.resume == "anyway")
+    for kernel, found in plain.items():
+        _tell(say("train.plain_kernel", kernel=kernel, found=found, device=device, dtype=dtype))
     train_examples, dev_examples = _read_rows(config)
     config, told = fitted(config, folder, device, train_examples)
     if told:
@@ -631,8 +660,6 @@ def _inject(model: Any, config: Config, tokens: Sequence[int]) -> Any:
     )
     if reason := why_plain(wrapped):
         _tell(say("train.plain_path", reason=reason))
-    for kernel, found in check_kernels(weights.device, weights.dtype).items():
-        _tell(say("train.plain_kernel", kernel=kernel, found=found, device=weights.device, dtype=weights.dtype))
     return wrapped
 
 

@@ -1,8 +1,9 @@
 """The run folder: what stands in it beside checkpoints and metrics, and who may write to it.
 
 config.yaml            every setting, resolved; a second start compares it
-environment.json       versions, device, dtype, threads: what a resume takes as it was
+environment.json       versions, device, dtype, threads, kernels: what a resume takes as it was
 memory.json            what --fit chose, likewise; the peak predicted and the one measured after the first step
+memory_cuts.json       only where the memory ran out: from which step on packs are how large
 generation_config.json chat_template.jinja tokenizer files fingerprint.json README.md     written once, at the start
 adapter_config.json adapter_model.safetensors     best on dev when there is a dev set, else the last
 trainer_state.json     says which; "finished": true is written last of all
@@ -19,7 +20,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from .fit import FILE as CHOSEN
 from .fit import stored_settings
 
 SETTINGS, ENVIRONMENT, METRICS, LOCK, CARD = "config.yaml", "environment.json", "metrics.jsonl", "run.lock", "README.md"
+CUTS = "memory_cuts.json"
 TEMPLATE, GENERATION = "chat_template.jinja", "generation_config.json"
 # Settings that change nothing of what is computed: a resume may change them.
 _FREE = {
@@ -46,7 +48,7 @@ _FREE = {
     "data.token_cache_gib",
     *("train.memory_limit", "train.fit"),  # they may cut micro-batches, which changes no gradient
 }
-_COMPARED = ("versions", "processor", "device", "dtype", "float32_matmul_precision")
+_COMPARED = ("versions", "processor", "device", "dtype", "float32_matmul_precision", "plain_kernels")
 
 
 # ---- first start, second start -----------------------------------------------------------------------------------
@@ -184,6 +186,12 @@ def stored_dtype(folder: Path) -> str | None:
     return _stored_environment(file)["dtype"] if file.exists() else None
 
 
+def stored_plain_kernels(folder: Path) -> list[str]:
+    """Kernels whose plain twin was chosen at the first start; none before it."""
+    file = folder / ENVIRONMENT
+    return _stored_environment(file)["plain_kernels"] if file.exists() else []
+
+
 def forget_unborn_start(folder: Path) -> None:
     """A first start that was killed before it wrote its settings has bound nobody to what it chose."""
     if not (folder / SETTINGS).exists():
@@ -194,7 +202,8 @@ def forget_unborn_start(folder: Path) -> None:
 def _stored_environment(file: Path) -> dict[str, Any]:
     try:
         then = json.loads(file.read_text(encoding="utf-8"))
-        if isinstance(then["threads"], int) and then["threads"] > 0 and isinstance(then["dtype"], str):
+        is_complete = isinstance(then["dtype"], str) and isinstance(then["plain_kernels"], list)
+        if is_complete and isinstance(then["threads"], int) and then["threads"] > 0:
             return then
     except (OSError, ValueError, KeyError, TypeError):
         pass
@@ -211,6 +220,29 @@ def _difference(then: Any, now: Any) -> tuple[str, str]:
         return str(then), str(now)
     keys = [k for k in {**then, **now} if then.get(k) != now.get(k)]
     return " ".join(f"{k} {then.get(k)}" for k in keys), " ".join(f"{k} {now.get(k)}" for k in keys)
+
+
+# ---- what is learned on the way ----------------------------------------------------------------------------------
+
+
+def write_cuts(folder: Path, cuts: Sequence[tuple[int, int]]) -> None:
+    """cuts: (step, max_tokens), as BatchStream has them."""
+    write_file(folder / CUTS, (json.dumps(cuts) + "\n").encode())
+
+
+def read_cuts(folder: Path) -> list[tuple[int, int]]:
+    """The inverse of `write_cuts`; none where the memory never ran out. Raises RunError when the file holds no cuts."""
+    file = folder / CUTS
+    if not file.exists():
+        return []
+    try:
+        return [(int(step), int(most)) for step, most in json.loads(file.read_text(encoding="utf-8"))]
+    except (OSError, ValueError, TypeError):
+        raise RunError(
+            "it does not tell how micro-batches were cut when the memory ran out",
+            file=file,
+            hint="Start anew with another --output-dir.",
+        ) from None
 
 
 # ---- what is written once ----------------------------------------------------------------------------------------

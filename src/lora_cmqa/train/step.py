@@ -20,6 +20,7 @@ from ..errors import ResourceError
 from ..kernels.head import CHUNK
 from ..lora.decoder import pack_losses
 from ..lora.inject import lora_parameters
+from .checkpoint import restore_rng_state, rng_state
 from .memory import is_out_of_memory
 from .optim import clip_by_global_norm
 
@@ -73,6 +74,8 @@ def backward_that_fits(
     after_forward: Callable[[], None] = lambda: None,
 ) -> torch.Tensor:
     """`backward`; where the memory runs out, from the beginning with the batch that `recut` gives (`train_step`)."""
+    device = next(model.parameters()).device
+    before = rng_state(device)
     while True:
         try:
             return backward(model, batch, head_chunk, after_forward)
@@ -82,6 +85,7 @@ def backward_that_fits(
             reason = str(e).strip().splitlines()[0][:200]
         # Past the handler: the exception's frames held the tensors of the failed pack.
         optimizer.zero_grad()  # a backward that broke off has added to some of them
+        restore_rng_state(before, device)  # dropout by the cut alone, not by how far this try came
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         shared = [p.tokens for p in batch.packs if len(p.row_lengths) > 1]
