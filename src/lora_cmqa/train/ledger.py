@@ -3,6 +3,7 @@
     load        the base arrives
     forward     all that the backward needs is kept, and the head works on a chunk of rows
     backward    layer by layer, last first: a layer's gradients beside what the layers before it still keep
+    last attention   on a CPU: the first attention on the way back takes most where rows are attended by products
     optimizer   gradients of all that is trained, both moments, one pass (fused AdamW makes no temporary)
     evaluation  no gradient, nothing kept
     save, merge on the host: the adapter's bytes; one shard of the base and its float32 sum
@@ -40,6 +41,12 @@ CUDA_SLACK = 0.03
 # (it hands back blocks above 32 MiB only), as a share of the passing things: measured on two configurations each
 # (docs/memory.md). --memory-limit makes it hand back blocks of a MiB.
 CPU_LIBRARIES = 500 * 2**20
+# Attention by products, backward: bytes a weight beside the weights that are kept (float32 copies of the weights and of
+# their gradient, and the product that torch's vecdot writes out; 4 bytes need no copy). Measured on one layer alone.
+PRODUCTS_BACKWARD = {2: 12, 4: 8, 8: 16}
+# What oneDNN keeps of a 16-bit product of each shape after its first run (kernels and scratch), and the heap what is
+# smaller than the blocks that are handed back. Fitted on the even half of benchmarks/memory.py, tested on the other.
+CPU_SCRATCH = {2: 40 * 2**20, 4: 20 * 2**20, 8: 20 * 2**20}
 GLIBC_KEEPS = {2: 1.05, 4: 0.35, 8: 0.35}
 
 
@@ -229,14 +236,32 @@ def head(setup: Setup) -> tuple[Row, ...]:
 
 def layer_backward(setup: Setup) -> Row:
     """The fuller of two moments of a layer's backward. The gated MLP: gradients of inner and of the joined product,
-    while `inner` is gone. Attention by products: two float32 tensors of its weights' size, the MLP's share gone."""
+    while `inner` is gone. Attention by products, with the MLP's share gone."""
     s, v = setup.shape, setup.value_bytes
     gated = (2 * s.ffn + s.hidden) * v
-    products = 0.0
-    if not setup.fused_attention:
-        a_token = s.heads * setup.row_seen * GRID
-        products = (2 * max(4, v) + v) * a_token + 4 * s.q_width * v - (3 * s.ffn + 2 * s.hidden) * v
+    products = products_backward(setup) - (3 * s.ffn + 2 * s.hidden) * v
     return Row("backward of a layer", round(setup.tokens * max(gated, products)))
+
+
+def products_backward(setup: Setup) -> float:
+    """Bytes a token that attention by products takes on its way back, beside what its layer keeps: over its weights,
+    and the gradients of q, of the output and of x. 0 where attention is fused."""
+    if setup.fused_attention:
+        return 0.0
+    s, v = setup.shape, setup.value_bytes
+    return s.heads * setup.row_seen * GRID * PRODUCTS_BACKWARD[v] + (2 * s.q_width + 2 * s.hidden) * v
+
+
+def last_attention_backward(setup: Setup) -> tuple[Row, ...]:
+    """The first attention on the way back, while all other layers still keep theirs: the last layer's, whose MLP is
+    done."""
+    if setup.fused_attention or setup.checkpoint_layers >= setup.shape.layers:
+        return ()
+    before = setup.tokens * layer_keeps(setup, last=True)
+    return (
+        Row("activations: last layer up to its attention", round(before) + scaled_a(setup)),
+        Row("backward of the last attention", round(setup.tokens * products_backward(setup))),
+    )
 
 
 def layer_forward(setup: Setup) -> Row:
@@ -285,6 +310,7 @@ def phases(setup: Setup, *, first_step: bool = False) -> tuple[Phase, ...]:
             layer_backward(setup),
             *dequantised(setup),
         ),
+        "last attention": (*have(gradients=True), *kept(setup), *last_attention_backward(setup)),
         "optimizer": have(gradients=True, moments=True),
         "evaluation": (*have(gradients=False), layer_forward(setup), *head(setup), *dequantised(setup)),
     }
@@ -322,8 +348,9 @@ def _around(setup: Setup, rows: tuple[Row, ...]) -> tuple[Row, ...]:
     if not setup.on_gpu:
         passing = sum(row.bytes for row in rows if row.name.startswith(_PASSING))
         libraries = Row("Python, torch and other libraries", CPU_LIBRARIES)
+        scratch = Row("scratch that oneDNN and the heap keep", CPU_SCRATCH[setup.value_bytes] if passing else 0)
         kept_back = Row("freed, and held by the C library", round(passing * GLIBC_KEEPS[setup.value_bytes]))
-        return (libraries,) if setup.gives_back else (libraries, kept_back)
+        return (libraries, scratch) if setup.gives_back else (libraries, scratch, kept_back)
     slack = round(CUDA_SLACK * sum(row.bytes for row in rows))
     return (Row("CUDA context and libraries", CUDA_CONTEXT), Row("allocator slack", slack))
 
