@@ -176,17 +176,21 @@ def shorter(folder: Path, out: Path, seq_length: int) -> Path:
 def test_above_seq_length_ntk_and_logn_equal_the_original(original, tmp_path):
     model, _, reference, arrays, folder = original
     short = qwen1.load(shorter(folder, tmp_path / "s128", 128), torch.float32)
+    worst = 0.0
     for name, case in reference["long"].items():
         if not name.startswith("long"):
             continue
         chosen = short if case["seq_length"] == 128 else model
         chosen.train("trainmode" in name)
-        assert difference_of_row(chosen, arrays, name, case["ids"]) <= TOLERANCE, name
+        worst = max(worst, difference_of_row(chosen, arrays, name, case["ids"]))
+        assert worst <= TOLERANCE, name
         chosen.eval()
     batch = reference["long"]["batch_s128"]
     computed = logits(short, batch["input_ids"], attention_mask=torch.tensor(batch["attention_mask"]))
     for row in range(2):
-        assert difference(arrays, f"batch_s128_row{row}", computed[row]) <= TOLERANCE
+        worst = max(worst, difference(arrays, f"batch_s128_row{row}", computed[row]))
+    print(f"above seq_length: largest logit difference {worst:.1e}")
+    assert worst <= TOLERANCE
     case = reference["long"]["generate_cross_s128"]  # crosses seq_length while it generates
     ids = torch.tensor([case["prompt_ids"]])
     for cache, key in ((True, "greedy24_cached"), (False, "greedy24_recomputed_without_cache")):
@@ -404,6 +408,7 @@ def test_a_config_of_august_2023(tmp_path):
         ({"kv_channels": None}, "kv_channels"),
         ({"max_position_embeddings": "many"}, "max_position_embeddings"),
         ({"quantization_config": {"bits": 4}}, "quantised"),
+        ({"visual": {"layers": 48}}, "'visual': only text models"),
     ],
 )
 def test_what_is_not_built_is_refused_by_name(tmp_path, change, said):

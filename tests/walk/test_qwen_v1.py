@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import AutoPeftModelForCausalLM
 from lora_cmqa.cli import main
 from lora_cmqa.engine.run import open_run
 from lora_cmqa.models.load import load_model
+from lora_cmqa.serve.server import open_service
 
 IDS = torch.tensor([[151644, 872, 198, 104, 105, 106, 151645, 198, 151644, 77091, 198, 9909, 151645]])
 CPU = ("--device", "cpu", "--dtype", "float32")
@@ -125,3 +127,37 @@ def test_every_verb(run: Path, home: Path, tmp_path: Path, qwen_v1: Path, capsys
     assert main(["merge", str(run), "--model", base, "--out", str(tmp_path / "merged"), "--dtype", "float32"]) == 0
     want = logits(open_run(run, device="cpu", dtype="float32").model)
     assert (logits(load_model(tmp_path / "merged")[0]) - want).abs().max() <= 1e-5 * want.std()
+
+
+@pytest.mark.slow
+def test_every_verb_cuts_the_base_as_the_run_knew_it(
+    home: Path, tmp_path: Path, qwen_v1: Path, capsys: Any, monkeypatch: Any
+) -> None:
+    """The seed's 16 of 32 layers, here 2 of 4: said by each verb, written down, and no other depth taken."""
+    run = trained(home, qwen_v1 / "qwen_v1_tiny", "of-two", "--num-hidden-layers", "2")
+    assert json.loads((run / "fingerprint.json").read_text())["num_hidden_layers"] == 2
+    few = ("--quick", "--generate-rows", "1", "--max-new-tokens", "2")
+    merged = tmp_path / "merged"
+    verbs = (
+        ["chat", str(run), *CPU, "--max-new-tokens", "2"],
+        ["compare", str(run), "头痛怎么办？", *CPU, "--max-new-tokens", "2"],
+        ["eval", str(run), "--data", str(home / "data"), *few, *CPU],
+        ["merge", str(run), "--out", str(merged), "--dtype", "float32"],
+    )
+    assert "Keeping the first 2 of 4 layers" in capsys.readouterr().err
+    for words in verbs:
+        asked = iter(["发烧怎么办？"])
+        monkeypatch.setattr(
+            "builtins.input", lambda _, asked=asked: next(asked, None) or (_ for _ in ()).throw(EOFError)
+        )
+        assert main(words) == 0
+        if words[0] != "merge":
+            assert "Keeping the first 2 of 4 layers" in capsys.readouterr().err, words[0]
+    assert json.loads((merged / "config.json").read_text())["num_hidden_layers"] == 2
+    assert main([*verbs[0], "--num-hidden-layers", "4"]) == 2
+    assert "the adapter has 2 layers, the base 4" in capsys.readouterr().err
+    adapters = tmp_path / "adapters"
+    shutil.copytree(run, adapters / "of-two", ignore=shutil.ignore_patterns("checkpoint-*", "eval"))
+    service = open_service(adapters, device="cpu", dtype="float32")  # names no base: the adapter does
+    assert service.registry.open("of-two")[1].base_check == "fingerprint"
+    assert len(service.engine.model.model.layers) == 2

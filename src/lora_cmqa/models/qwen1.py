@@ -79,6 +79,9 @@ def read_config(folder: str | Path) -> Qwen1Config:
     for key, only in _ONLY.items():
         if raw.get(key, only) != only:
             raise ModelError(f"{raw[key]!r} is not built; every Qwen v1 has {only!r}", file=file, field=key)
+    for key in ("visual", "audio"):  # Qwen-VL, Qwen-Audio: the same architecture's name, other inputs
+        if raw.get(key):
+            raise ModelError("only text models are read", file=file, field=key)
     if raw.get("quantization_config"):
         raise ModelError("the weights are quantised (Int4/Int8)", file=file, hint="Take the checkpoint in bf16.")
 
