@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lora_cmqa.kernels import head
 from lora_cmqa.kernels.head import TrainedRows, linear_cross_entropy, linear_cross_entropy_plain
 
 ROWS, WIDTH, VOCABULARY = 37, 12, 50
+
+
+@pytest.fixture(params=[8192, 16, 1], ids=["whole rows", "pieces of 16", "column by column"])
+def columns(request, monkeypatch):
+    """How much of the vocabulary a piece of logits holds."""
+    monkeypatch.setattr(head, "_COLUMNS", request.param)
 
 
 def inputs(dtype: torch.dtype = torch.float64, rows: int = ROWS, vocabulary: int = VOCABULARY):
@@ -25,6 +32,7 @@ def forward_backward(function, hidden, weight, targets, **settings):
     return losses.detach(), torch.autograd.grad(losses, hidden, by_row)[0]
 
 
+@pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize("chunk", [1, 7, 16, 37, 1000])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (None, 0.0625), (3.0, 1.0), (3.0, 0.5)])
 def test_fast_equals_plain_forward_and_backward(chunk, softcap, scale):
@@ -33,6 +41,7 @@ def test_fast_equals_plain_forward_and_backward(chunk, softcap, scale):
     torch.testing.assert_close(fast, plain, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (2.0, 0.7)])
 def test_gradcheck(softcap, scale):
     hidden, weight, targets = inputs(rows=5)
@@ -49,6 +58,7 @@ def test_a_trained_head_gets_its_gradient():
         assert gradient.abs().sum() > 0
 
 
+@pytest.mark.usefixtures("columns")
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 @pytest.mark.parametrize(("softcap", "scale"), [(None, 1.0), (3.0, 0.5)])
 @pytest.mark.parametrize("reads", ["hidden and rows", "rows alone"])
@@ -68,6 +78,7 @@ def test_trained_rows_fast_equals_plain(chunk, softcap, scale, reads):
     torch.testing.assert_close(both[0], both[1], rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.usefixtures("columns")
 def test_trained_rows_gradcheck():
     hidden, weight, targets = inputs(rows=5)
     values = torch.ones(1, WIDTH, dtype=hidden.dtype, requires_grad=True)
@@ -78,6 +89,7 @@ def test_trained_rows_gradcheck():
     assert torch.autograd.gradcheck(losses, (hidden, values))
 
 
+@pytest.mark.usefixtures("columns")
 def test_softmax_is_float32_for_bfloat16_input():
     hidden, weight, targets = inputs(torch.bfloat16)
     losses = linear_cross_entropy(hidden, weight, targets, chunk=8)
@@ -88,6 +100,7 @@ def test_softmax_is_float32_for_bfloat16_input():
     )
 
 
+@pytest.mark.usefixtures("columns")
 def test_large_logits_stay_finite():
     hidden, weight, targets = inputs(torch.float32)
     losses = linear_cross_entropy(hidden * 1e4, weight, targets, chunk=8)

@@ -65,12 +65,28 @@ def test_a_broken_kernel_is_found_and_its_twin_answers(kernel, how, dtype, monke
     monkeypatch.setattr(kernel, "fast", broken)
     found = check_kernels(CPU, dtype)
     assert list(found) == [kernel.name]
-    args, kwargs = table._CASES[kernel](table._Draw(CPU, dtype))
+    args, kwargs = table._CASES[kernel][0](table._Draw(CPU, dtype))
     twin = kernel.twin(*args, **{k: v for k, v in kwargs.items() if k not in kernel.without})
     assert torch.equal(kernel(*args, **kwargs), twin)
     monkeypatch.undo()
     assert check_kernels(CPU, dtype) == {}  # a later run asks anew
     assert not kernel.plain
+
+
+@pytest.mark.parametrize(
+    ("kernel", "only"),
+    [
+        (table.packed_attention, lambda *args, parents=(), **kwargs: bool(parents)),
+        (table.packed_attention, lambda *args, parents=(), **kwargs: not parents),
+        (table.gated, lambda gate_up, activation: activation == "silu"),
+        (table.gated, lambda gate_up, activation: activation == "gelu_tanh"),
+    ],
+    ids=["trees", "rows", "SwiGLU", "GeGLU"],
+)
+def test_one_of_a_kernels_ways_broken_is_found(kernel, only, monkeypatch):
+    right = kernel.fast
+    monkeypatch.setattr(kernel, "fast", lambda *a, **k: right(*a, **k) * (1.1 if only(*a, **k) else 1.0))
+    assert list(check_kernels(CPU, torch.float32)) == [kernel.name]
 
 
 def test_a_run_says_which_kernel_it_replaced_and_trains_the_same(tmp_path, monkeypatch, capsys):

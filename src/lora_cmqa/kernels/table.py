@@ -18,6 +18,7 @@ import torch
 from . import attention, head, lora_linear, mlp, norm, rope
 
 P = ParamSpec("P")
+Case = tuple[Sequence[Any], dict[str, Any]]  # arguments of a kernel
 
 
 class Kernel(Generic[P]):
@@ -63,7 +64,12 @@ def check_kernels(device: torch.device, dtype: torch.dtype, *, plain: Collection
 
 
 def _differs(kernel: Kernel[Any], device: torch.device, dtype: torch.dtype) -> str | None:
-    args, kwargs = _CASES[kernel](_Draw(device, dtype))
+    found = (_case_differs(kernel, case(_Draw(device, dtype)), dtype) for case in _CASES[kernel])
+    return next((reason for reason in found if reason is not None), None)
+
+
+def _case_differs(kernel: Kernel[Any], case: Case, dtype: torch.dtype) -> str | None:
+    args, kwargs = case
     try:
         fast = _run(kernel.fast, args, kwargs)
     except Exception as e:  # whatever a build or a driver raises: the twin needs only plain operations
@@ -103,7 +109,6 @@ class _Draw:
         return drawn.to(self.device, dtype or self.dtype).requires_grad_(grad)
 
 
-Case = tuple[Sequence[Any], dict[str, Any]]
 _TOKENS = 44  # of rows 20, 19 and 5: two are padded side by side, one stands alone
 
 
@@ -116,8 +121,12 @@ def _rotate_case(draw: _Draw) -> Case:
     return (draw(_TOKENS, 6, 32), angle.cos().to(draw.dtype), angle.sin().to(draw.dtype)), {}
 
 
-def _gated_case(draw: _Draw) -> Case:
+def _gelu_case(draw: _Draw) -> Case:
     return (draw(_TOKENS, 2 * 96), "gelu_tanh"), {}
+
+
+def _silu_case(draw: _Draw) -> Case:
+    return (draw(_TOKENS, 2 * 96), "silu"), {}
 
 
 def _project_case(draw: _Draw) -> Case:
@@ -134,17 +143,23 @@ def _attention_case(draw: _Draw) -> Case:
     return (q, k, v, (20, 19, 5)), {"scale": 32**-0.5, "window": 12}
 
 
+def _tree_case(draw: _Draw) -> Case:
+    """A beginning of 14 tokens with two endings of 10 and 9, beside a row of 11."""
+    q, k, v = draw(_TOKENS, 4, 32), draw(_TOKENS, 2, 32), draw(_TOKENS, 2, 32)
+    return (q, k, v, (14, 10, 9, 11)), {"scale": 32**-0.5, "parents": (-1, 0, 0, -1)}
+
+
 def _head_case(draw: _Draw) -> Case:
     targets = torch.arange(_TOKENS, device=draw.device) * 7
     weight = (draw(1000, 64, grad=False) / 8).detach()
     return (draw(_TOKENS, 64), weight, targets), {"chunk": 32}
 
 
-_CASES: dict[Kernel[Any], Callable[[_Draw], Case]] = {
-    rms_norm: _norm_case,
-    rotate: _rotate_case,
-    gated: _gated_case,
-    project: _project_case,
-    packed_attention: _attention_case,
-    cross_entropy: _head_case,
+_CASES: dict[Kernel[Any], tuple[Callable[[_Draw], Case], ...]] = {
+    rms_norm: (_norm_case,),
+    rotate: (_rotate_case,),
+    gated: (_gelu_case, _silu_case),
+    project: (_project_case,),
+    packed_attention: (_attention_case, _tree_case),
+    cross_entropy: (_head_case,),
 }

@@ -31,6 +31,8 @@ SHARD_BYTES = 5 * 10**9  # of a published checkpoint's file: what a merge holds 
 GRID = 1 + 1 / 16
 # On a CPU, rows of at most so many tokens are attended by products, which keep their weights (kernels/attention.py).
 PRODUCTS = 512
+# Of the vocabulary that logits are made of at a time on a CPU (kernels/head.py).
+COLUMNS = 8192
 
 # CUDA: what the context and the libraries' workspaces take (cuBLAS 32 MiB on Hopper, 8 MiB before) beside torch's
 # allocator, and what the allocator holds beyond what is asked for.
@@ -224,12 +226,15 @@ def last_layer_keeps(setup: Setup) -> Row:
 
 
 def head(setup: Setup) -> tuple[Row, ...]:
-    """kernels/head.py: logits of a chunk, their float32 tile, and the gradient of every taught row."""
+    """kernels/head.py: logits of a chunk (on a CPU of some of the vocabulary), their float32 tile, the chunk's gradient
+    in float32 and that of every taught row."""
     s, v = setup.shape, setup.value_bytes
     rows = min(setup.head_chunk, setup.taught)
-    tile = 0 if v >= 4 else rows if setup.on_gpu else min(8, rows)
+    columns = s.vocab if setup.on_gpu else min(s.vocab, COLUMNS)
+    tile = 0 if v >= 4 else rows if setup.on_gpu else min(16, rows)
+    exact = max(v, 4)
     return (
-        Row("head: logits of a chunk", rows * s.vocab * (v + 4 * tile // rows)),
+        Row("head: logits of a chunk", columns * (rows * v + tile * 4) + 2 * rows * s.hidden * exact),
         Row("head: states and gradients of taught rows", 3 * setup.taught * s.hidden * v),
     )
 
