@@ -25,9 +25,9 @@ def as_before():
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_all_agree_within_a_second_and_draw_no_random_number(dtype):
     state = torch.get_rng_state()
-    started = time.perf_counter()
+    started = time.process_time()  # of the processor: on a busy machine the clock on the wall says nothing of it
     assert check_kernels(CPU, dtype) == {}
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
     assert torch.equal(torch.get_rng_state(), state)
     assert not any(kernel.plain for kernel in KERNELS)
 
