@@ -173,3 +173,15 @@ def test_a_part_sees_its_ancestors_and_itself_as_one_row(lengths, parents, windo
         places = [t for i in line for t in range(ends[i] - lengths[i], ends[i])]
         alone = attend(q[places], k[places], v[places], (len(places),), scale=0.3, window=window)
         torch.testing.assert_close(out[end - length : end], alone[-length:], rtol=1e-10, atol=1e-12)
+
+
+def test_a_tree_evaluated_first_is_trained_on_after():
+    """The layout of a pack is kept between calls, so also from one in inference mode."""
+    q, k, v = (torch.randn(9, 2, 8, requires_grad=True) for _ in range(3))
+    lengths, parents = (3, 2, 4), (-1, 0, 0)
+    with torch.inference_mode():
+        before = packed_attention(q, k, v, lengths, scale=0.3, parents=parents)
+    after = packed_attention(q, k, v, lengths, scale=0.3, parents=parents)
+    after.sum().backward()
+    assert torch.equal(before, after)
+    assert q.grad is not None

@@ -21,9 +21,10 @@ A part may continue an earlier one (parents): its tokens see those before them i
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -101,7 +102,7 @@ def _group_attention(
         window = None
     seen = _causal_mask(width, window, q.device)[None]
     flat = _attend(grid(q), grid(k), grid(v), seen, scale, causal=window is None).reshape(rows * width, *q.shape[1:])
-    return flat if place is None else flat[place]
+    return flat if place is None else _Gather.apply(flat, place)
 
 
 def _tree_attention(
@@ -114,30 +115,52 @@ def _tree_attention(
     window: int | None,
 ) -> torch.Tensor:
     """Parts of like length with ancestors of like length side by side: their own tokens are the queries, keys are
-    ancestors' tokens (right-aligned) and their own (left-aligned), so distances within the grid are the real ones."""
+    ancestors' tokens (right-aligned) and their own (left-aligned), so distances within the grid are the real ones.
+
+    All groups' grids are filled at once: filled one by one, each would add a gradient of the whole pack's size."""
+    layout = _tree_layout(tuple(lengths), tuple(parents), window, q.device)
+    asked = [rows * width for rows, width, _ in (seen.shape for seen in layout.seen)]
+    read = [rows * reach for rows, _, reach in (seen.shape for seen in layout.seen)]
+    queries = _Spread.apply(q, layout.place, sum(asked)).split(asked)
+    keys, values = (x.index_select(0, layout.keys).split(read) for x in (k, v))
+    outputs = []
+    for some_q, some_k, some_v, seen in zip(queries, keys, values, layout.seen, strict=True):
+        some_q, some_k, some_v = (x.view(len(seen), -1, *x.shape[1:]) for x in (some_q, some_k, some_v))
+        outputs.append(_attend(some_q, some_k, some_v, seen, scale, causal=False).reshape(-1, *q.shape[1:]))
+    return _Gather.apply(torch.cat(outputs), layout.place)
+
+
+class _TreeLayout(NamedTuple):
+    """The grids of all groups, end to end."""
+
+    place: torch.Tensor  # [tokens]: where each token stands as a query
+    keys: torch.Tensor  # [keys]: the token that stands at each place; 0, never looked at, where a grid is padded
+    seen: tuple[torch.Tensor, ...]  # of each group bool [rows, width, reach]
+
+
+@functools.lru_cache(maxsize=4)  # every layer of a pack asks again, some with a window
+@torch.inference_mode(mode=False)  # a training step may follow an evaluation of the same pack
+def _tree_layout(
+    lengths: tuple[int, ...], parents: tuple[int, ...], window: int | None, device: torch.device
+) -> _TreeLayout:
     starts = list(itertools.accumulate(lengths, initial=0))
     own = [list(range(starts[i], starts[i + 1])) for i in range(len(lengths))]
     before: list[list[int]] = []  # places of all ancestors' tokens
     for parent in parents:
         before.append([*before[parent], *own[parent]] if parent >= 0 else [])
     order = sorted(range(len(lengths)), key=lambda i: (len(before[i]), lengths[i]), reverse=True)
-    outputs, written, device = [], [], q.device
+    keys, place, asked, masks = list[int](), [0] * starts[-1], 0, []
     for part in _alike(order, lambda i: (len(before[i]), lengths[i])):
         ahead, width = max(len(before[i]) for i in part), max(lengths[i] for i in part)
-        asked = [own[i] + [0] * (width - lengths[i]) for i in part]
-        keys = [[0] * (ahead - len(before[i])) + before[i] + asked[row] for row, i in enumerate(part)]
+        for i in part:
+            place[starts[i] : starts[i + 1]] = range(asked, asked + lengths[i])
+            asked += width
+            keys += [0] * (ahead - len(before[i])) + before[i] + own[i] + [0] * (width - lengths[i])
         first = torch.tensor([ahead - len(before[i]) for i in part], device=device)
         at = torch.arange(ahead + width, device=device)
         distance = torch.arange(ahead, ahead + width, device=device)[:, None] - at
-        seen = (distance >= 0) & (distance < (window or ahead + width)) & (at >= first[:, None, None])
-        key_at, ask_at = torch.tensor(keys, device=device), torch.tensor(asked, device=device)
-        out = _attend(_take(q, ask_at), _take(k, key_at), _take(v, key_at), seen, scale, causal=False)
-        real = torch.tensor([r * width + t for r, i in enumerate(part) for t in range(lengths[i])], device=device)
-        outputs.append(out.reshape(-1, *q.shape[1:])[real])
-        written += [t for i in part for t in own[i]]
-    back = torch.empty(len(q), dtype=torch.long)
-    back[torch.tensor(written)] = torch.arange(len(q))
-    return torch.cat(outputs)[back.to(device)]
+        masks.append((distance >= 0) & (distance < (window or ahead + width)) & (at >= first[:, None, None]))
+    return _TreeLayout(torch.tensor(place, device=device), torch.tensor(keys, device=device), tuple(masks))
 
 
 def _alike(order: Sequence[int], sizes: Callable[[int], tuple[int, ...]]) -> list[list[int]]:
@@ -152,11 +175,6 @@ def _alike(order: Sequence[int], sizes: Callable[[int], tuple[int, ...]]) -> lis
         else:
             groups.append([i])
     return groups
-
-
-def _take(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """[tokens, heads, dim] at places [rows, width] -> [rows, width, heads, dim]."""
-    return x.index_select(0, places.flatten()).view(*places.shape, *x.shape[1:])
 
 
 def _attend(
@@ -186,6 +204,22 @@ class _Spread(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return upstream[0].index_select(0, ctx.saved_tensors[0]), None, None
+
+
+class _Gather(torch.autograd.Function):
+    """The inverse of _Spread: x [count, ...] at `place`, each place once."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(place)
+        ctx.count = len(x)
+        return x.index_select(0, place)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        out = upstream[0].new_zeros(ctx.count, *upstream[0].shape[1:])
+        return out.index_copy_(0, ctx.saved_tensors[0], upstream[0]), None
 
 
 class _Products(torch.autograd.Function):
