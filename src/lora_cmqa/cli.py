@@ -90,6 +90,8 @@ class EvalArgs:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_hidden_layers: int | None = None
     """Depth that the base is cut to; default: what the run's fingerprint.json says."""
+    quantization: Literal["none", "nf4", "int8"] | None = None
+    """Of the base's layers; default: what the run's fingerprint.json says."""
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
 
 
@@ -102,6 +104,8 @@ class ChatArgs:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     num_hidden_layers: int | None = None
     """Depth that the base is cut to; default: what the run's fingerprint.json says."""
+    quantization: Literal["none", "nf4", "int8"] | None = None
+    """Of the base's layers; default: what the run's fingerprint.json says."""
     system: str | None = None
     max_new_tokens: int = 256
     temperature: float = 0.0
@@ -270,6 +274,7 @@ def run_eval(args: EvalArgs) -> Result:
         device=args.device,
         dtype=args.dtype,
         num_hidden_layers=args.num_hidden_layers,
+        quantization=args.quantization,
     )
     if args.evaluate.gate:
         try:
@@ -302,6 +307,7 @@ def run_chat(args: ChatArgs) -> Result:
         device=args.device,
         dtype=args.dtype,
         num_hidden_layers=args.num_hidden_layers,
+        quantization=args.quantization,
         system=args.system,
     )
     converse(chat, sampling=_sampling(args))
@@ -320,6 +326,7 @@ def run_compare(args: CompareArgs) -> Result:
         device=args.device,
         dtype=args.dtype,
         num_hidden_layers=args.num_hidden_layers,
+        quantization=args.quantization,
         system=args.system,
         sampling=_sampling(args),
     )

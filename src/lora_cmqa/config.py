@@ -35,6 +35,9 @@ class ModelConfig:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     """Of the frozen base; LoRA weights are always float32 (float64 under float64). auto: bfloat16 where the
     device computes in it, else float32."""
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """Of the layers' frozen matrices, made while they are loaded: nf4 (QLoRA: 4 bits, constants quantised too) takes a
+    quarter of 16 bits, int8 half. Needs bitsandbytes (extra gpu). dtype stays that of the computation."""
     device: str = "auto"
     """"cpu", "cuda", "cuda:1"; auto takes a GPU when there is one."""
     num_hidden_layers: int | None = None

@@ -718,3 +718,22 @@ def test_convert_writes_a_folder_that_plain_transformers_loads(original, tmp_pat
         qwen1.convert(out, tmp_path / "again")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["native"]
     assert {oct(p.stat().st_mode & 0o777) for p in out.iterdir()} == {"0o644"}
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_it_is_quantised_as_its_layers_are_read(kind, qwen_v1):
+    """The packed layers are those of the loaded ones, q, k and v cut from c_attn; embedding, head and biases stay."""
+    from lora_cmqa.kernels.quantized import quantize
+    from lora_cmqa.models.quantized import QuantizedLinear, quantization_of
+
+    folder = qwen_v1 / "qwen_v1_tiny"
+    plain, (packed, _) = qwen1.load(folder, torch.float32), load_model(folder, quantization=kind)
+    assert quantization_of(packed) == kind
+    layers = {n: m for n, m in packed.named_modules() if isinstance(m, QuantizedLinear)}
+    assert len(layers) == 7 * len(packed.model.layers)
+    for name, layer in layers.items():
+        expected = quantize(plain.get_submodule(name).weight, kind)
+        assert all(torch.equal(t, layer.quantized.tensors[n]) for n, t in expected.tensors.items())
+    same = {n: p for n, p in packed.named_parameters() if n.removesuffix(".weight") not in layers}
+    assert any(n.endswith("q_proj.bias") for n in same)
+    assert all(torch.equal(p, plain.get_parameter(n)) for n, p in same.items())

@@ -143,7 +143,7 @@ def test_training_whole_modules_has_its_own_rows():
 # ---- presets: configs/ named by model and memory ---------------------------------------------------------------------
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-PRESETS = {"qwen-7b-24gb": "24GiB", "qwen3-8b-24gb": "24GiB", "qwen3-0.6b-cpu": None}
+PRESETS = {"qwen-7b-24gb": "24GiB", "qwen2.5-7b-8gb": "8GiB", "qwen3-8b-24gb": "24GiB", "qwen3-0.6b-cpu": None}
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -34,10 +34,18 @@ class Chat:
         device: str = "auto",
         dtype: str = "auto",
         num_hidden_layers: int | None = None,
+        quantization: str | None = None,
         system: str | None = None,
     ) -> None:
         if not isinstance(run, OpenRun):
-            run = open_run(run, base=base, device=device, dtype=dtype, num_hidden_layers=num_hidden_layers)
+            run = open_run(
+                run,
+                base=base,
+                device=device,
+                dtype=dtype,
+                num_hidden_layers=num_hidden_layers,
+                quantization=quantization,
+            )
         self.run = run
         self.engine = EmbeddedEngine(self.run.model, self.run.tokenizer, self.run.stop_ids)
         self.system = system
@@ -89,12 +97,21 @@ def compare(
     device: str = "auto",
     dtype: str = "auto",
     num_hidden_layers: int | None = None,
+    quantization: str | None = None,
     system: str | None = None,
     sampling: SamplingParams | None = None,
 ) -> list[dict[str, str]]:
     """[{"question", "base", "adapter"}]: each question answered by the base and by the adapter, same settings."""
     if not isinstance(run, Chat):
-        run = Chat(run, base=base, device=device, dtype=dtype, num_hidden_layers=num_hidden_layers, system=system)
+        run = Chat(
+            run,
+            base=base,
+            device=device,
+            dtype=dtype,
+            num_hidden_layers=num_hidden_layers,
+            quantization=quantization,
+            system=system,
+        )
     both = [run.request(q, adapter=a, sampling=sampling) for q in questions for a in (False, True)]
     answers = [c.text.strip() for c in run.engine.generate(both)]
     return [{"question": q, "base": answers[2 * i], "adapter": answers[2 * i + 1]} for i, q in enumerate(questions)]

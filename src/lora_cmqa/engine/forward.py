@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.head import shaped_logits
+from ..kernels.quantized import Frozen, product
 from ..kernels.table import gated
 from ..lora.decoder import Table, logit_shape, normed, rotary_tables, turned_heads
 from ..lora.family import Block, Projection, Unsupported, read_body
@@ -298,7 +299,7 @@ class BatchForward:
 
     @staticmethod
     def _project(x: torch.Tensor, projection: Projection, adapter: Prepared | None, key: Key) -> torch.Tensor:
-        y = F.linear(x, projection.weight, projection.bias)
+        y = product(x, projection.weight, projection.bias)
         if adapter is not None and key in adapter.parts:
             a, b = adapter.parts[key]
             y.addmm_(x @ a.t(), b)
@@ -375,7 +376,7 @@ class BatchForward:
     @staticmethod
     def _stacked(x: torch.Tensor, projection: Projection, step: _Step, key: Key) -> torch.Tensor:
         """The base's product for all rows, then each rank's adapters added to their own rows."""
-        y = F.linear(x, projection.weight, projection.bias)
+        y = product(x, projection.weight, projection.bias)
         for group in step.groups:
             if not group.stack.changes(key):
                 continue
@@ -425,14 +426,15 @@ def _padded(count: int, multiple: int) -> int:
 # ---- rounding ------------------------------------------------------------------------------------------------------
 
 
-def steady_rows(weights: Iterable[torch.Tensor], most: int) -> int:
+def steady_rows(weights: Sequence[Frozen], most: int) -> int:
     """The fewest rows, a multiple of 8, to which steps must be padded for a row's product with each of `weights`
     [out, in] to have the same bits whatever else is in the step, for up to `most` rows.
 
     Libraries cut a product into blocks by its size: here fp32 with 8 rows rounds otherwise than with 16, and bf16
     with 8 to 32 rows all alike (docs/decisions/0007).
     """
-    products = [(lambda x, w=w: F.linear(x, w), w.shape[1], w) for w in weights]
+    like = next(w for w in weights if isinstance(w, torch.Tensor))
+    products = [(lambda x, w=w: product(x, w, None), w.shape[1], like) for w in weights]
     return _steady(products, list(range(_TILE, most + 1, _TILE)))
 
 
@@ -456,11 +458,11 @@ def _steady(products: Sequence[tuple[Any, int, torch.Tensor]], sizes: Sequence[i
     """The smallest of `sizes` that gives, with all larger ones, the same bits."""
     generator = torch.Generator().manual_seed(0)
     least = 0
-    for product, inner, like in products:
+    for rows_of, inner, like in products:
         x = torch.randn(sizes[-1], inner, generator=generator).to(like.device, like.dtype)
-        whole = product(x)
+        whole = rows_of(x)
         for i in range(len(sizes) - 1, least - 1, -1):
-            if not torch.equal(product(x[: sizes[i]]), whole[: sizes[i]]):
+            if not torch.equal(rows_of(x[: sizes[i]]), whole[: sizes[i]]):
                 least = i + 1
                 break
     return sizes[least]

@@ -10,7 +10,7 @@ from typing import Any
 from ..data.template import ChatTemplate
 from ..errors import AdapterError, RunError
 from ..lora.adapter import load_adapter, read_adapter_config
-from ..lora.fingerprint import check_fingerprint, fingerprinted, kept_layers
+from ..lora.fingerprint import check_fingerprint, fingerprinted, kept_layers, trained_quantization
 from ..models.load import load_model
 
 GENERATION = "generation_config.json"
@@ -36,12 +36,13 @@ def open_run(
     device: str = "auto",
     dtype: str = "auto",
     num_hidden_layers: int | None = None,
+    quantization: str | None = None,
 ) -> OpenRun:
     """Load the base and put the adapter of `run` on it, in eval mode.
 
     `run` is a run folder, one of its checkpoints, or any PEFT adapter folder; a base model's name or folder opens
     that base without an adapter. `base` overrides the base that the adapter names, `num_hidden_layers` the depth that
-    the run's fingerprint says its base was cut to.
+    the run's fingerprint says its base was cut to, `quantization` how it says the base was kept in training.
     Raises RunError when nothing is there, AdapterError for an adapter that does not fit, ModelError for the base.
     """
     folder = Path(run)
@@ -55,13 +56,13 @@ def open_run(
     if not name:
         file = folder / "adapter_config.json"
         raise AdapterError("the adapter names no base model", file=file, hint="Add --model M.")
-    kept = num_hidden_layers
+    kept, kind = num_hidden_layers, quantization
     if has_adapter:
         source = fingerprinted(folder)
         if source is not None:
             check_fingerprint(source, name)
-        kept = kept or kept_layers(folder)
-    model, tokenizer = load_model(name, dtype=dtype, device=device, num_hidden_layers=kept)
+        kept, kind = kept or kept_layers(folder), kind or trained_quantization(folder)
+    model, tokenizer = load_model(name, dtype=dtype, device=device, num_hidden_layers=kept, quantization=kind or "none")
     if has_adapter:
         model = load_adapter(model, folder)
     model.eval()

@@ -75,6 +75,7 @@ def evaluate(
     device: str = "auto",
     dtype: str = "auto",
     num_hidden_layers: int | None = None,
+    quantization: str | None = None,
 ) -> dict[str, Any]:
     """Write RUN/eval/NAME/report.{json,md,html} and predictions.jsonl, and return the report.
 
@@ -86,7 +87,14 @@ def evaluate(
     """
     e = _sizes(settings or EvaluateConfig())
     if not isinstance(run, OpenRun):
-        run = open_run(run, base=base, device=device, dtype=dtype, num_hidden_layers=num_hidden_layers)
+        run = open_run(
+            run,
+            base=base,
+            device=device,
+            dtype=dtype,
+            num_hidden_layers=num_hidden_layers,
+            quantization=quantization,
+        )
     opened = run
     if not opened.has_adapter:
         raise AdapterError("there is no adapter here to compare with its base", file=opened.folder)

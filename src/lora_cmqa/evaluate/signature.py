@@ -14,6 +14,7 @@ from ..core import Example
 from ..data.files import sha256_of
 from ..engine.run import OpenRun
 from ..lora.fingerprint import FILE as FINGERPRINT
+from ..models.quantized import quantization_of
 from . import overlap
 from .forgetting import Probe, prompt_file
 from .ranking import CandidateSet
@@ -45,6 +46,7 @@ def sign(
         "adapter_sha256": _hash_file(opened.folder / "adapter_model.safetensors"),
         "base_fingerprint_sha256": _hash_file(opened.folder / FINGERPRINT),
         "dtype": str(next(opened.model.parameters()).dtype).removeprefix("torch."),
+        "quantization": quantization_of(opened.model),
         "tokenizer_sha256": _hash(sorted(opened.tokenizer.get_vocab().items())),
         "template_sha256": _hash(opened.template.jinja),
         "system": system,

@@ -5,6 +5,7 @@
                         B_q, B_k, B_v                   each adds h_i B_i' to its own columns of y
 
 Kept for the backward: x and the r-wide h. The frozen weight gets no gradient, x only where it needs one.
+A quantised weight (quantized.py) is written out for each product, part by part, and not kept.
 With dropout each projection drops from x on its own, as PEFT's layers do; the mask is drawn again in the backward.
 """
 
@@ -15,6 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from .quantized import Frozen, product, product_back, written_out
 
 
 class LowRank(NamedTuple):
@@ -29,13 +32,13 @@ class LowRank(NamedTuple):
 
 
 def lora_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[LowRank]
+    x: torch.Tensor, weight: Frozen, bias: torch.Tensor | None, adapters: Sequence[LowRank]
 ) -> torch.Tensor:
     """x [tokens, in], frozen weight [out, in] and bias [out] -> [tokens, out] of x's dtype.
 
     A and B are cast to x's dtype; their gradients come in their own (float32 over a 16-bit base).
     """
-    if not adapters:
+    if not adapters and isinstance(weight, torch.Tensor):
         return F.linear(x, weight, bias)
     tensors = [t for adapter in adapters for t in adapter[:2]]
     return _LoraLinear.apply(x, weight, bias, [adapter._replace(a=None, b=None) for adapter in adapters], *tensors)
@@ -46,12 +49,12 @@ class _LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
+        weight: Frozen,
         bias: torch.Tensor | None,
         adapters: list[LowRank],
         *tensors: torch.Tensor,
     ) -> torch.Tensor:
-        y = F.linear(x, weight, bias)
+        y = product(x, weight, bias)
         groups, kept = _groups(adapters), []
         for members, seed in groups:
             seen = _dropped(x, adapters[members[0]].dropout, seed)
@@ -60,18 +63,18 @@ class _LoraLinear(torch.autograd.Function):
             for i, low in zip(members, h.split([len(tensors[2 * i]) for i in members], 1), strict=True):
                 y[:, adapters[i].start : adapters[i].stop].addmm_(low, tensors[2 * i + 1].to(x.dtype).t())
             kept += [a, h]
-        ctx.save_for_backward(x, weight, *tensors, *kept)
-        ctx.adapters, ctx.groups = adapters, groups
+        ctx.save_for_backward(x if adapters else None, *tensors, *kept)
+        ctx.weight, ctx.adapters, ctx.groups = weight, adapters, groups  # frozen, and not always one tensor
         return y
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight, *others = ctx.saved_tensors
+        x, *others = ctx.saved_tensors
         count = 2 * len(ctx.adapters)
         tensors, kept = others[:count], others[count:]
         dy, gradients = upstream[0], [None] * count
-        dx = dy @ weight if ctx.needs_input_grad[0] else None
+        dx = product_back(dy, ctx.weight) if ctx.needs_input_grad[0] else None
         for g, (members, seed) in enumerate(ctx.groups):
             a, h = kept[2 * g : 2 * g + 2]
             ranks = [len(tensors[2 * i]) for i in members]
@@ -96,7 +99,7 @@ def _groups(adapters: list[LowRank]) -> list[tuple[list[int], int]]:
     The seed is drawn from torch's own generator, so a run that puts its random state back draws the same masks.
     """
     if not any(adapter.dropout for adapter in adapters):
-        return [(list(range(len(adapters))), 0)]
+        return [(list(range(len(adapters))), 0)] if adapters else []
     seeds = torch.randint(2**62, (len(adapters),)).tolist()
     return [([i], seed) for i, seed in enumerate(seeds)]
 
@@ -111,10 +114,10 @@ def _dropped(x: torch.Tensor, p: float, seed: int) -> torch.Tensor:
 
 
 def lora_linear_plain(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, adapters: Sequence[LowRank]
+    x: torch.Tensor, weight: Frozen, bias: torch.Tensor | None, adapters: Sequence[LowRank]
 ) -> torch.Tensor:
     """The definition, by autograd: PEFT's arithmetic, projection by projection, in the adapters' own dtype."""
-    y = F.linear(x, weight, bias)
+    y = F.linear(x, written_out(weight, x.dtype), bias)
     for a, b, scale, start, stop, dropout in adapters:
         change = F.dropout(x, dropout).to(a.dtype) @ a.t() @ b.t() * scale
         y = y + F.pad(change, (start, len(weight) - stop))

@@ -11,30 +11,14 @@ a wrong one would train in silence. So a run asks once, before its first step, o
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import Any, Generic, ParamSpec
+from typing import Any, cast
 
 import torch
 
-from . import attention, head, lora_linear, mlp, norm, rope
+from . import attention, head, lora_linear, mlp, norm, quantized, rope
+from .kernel import Kernel
 
-P = ParamSpec("P")
 Case = tuple[Sequence[Any], dict[str, Any]]  # arguments of a kernel
-
-
-class Kernel(Generic[P]):
-    """Call it as the fast function. `plain` says that the twin answers."""
-
-    def __init__(
-        self, fast: Callable[P, torch.Tensor], twin: Callable[..., torch.Tensor], without: Sequence[str] = ()
-    ) -> None:
-        self.name, self.fast, self.twin, self.without = fast.__name__, fast, twin, without
-        self.plain = False
-
-    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
-        if not self.plain:
-            return self.fast(*args, **kwargs)
-        return self.twin(*args, **{k: v for k, v in kwargs.items() if k not in self.without})
-
 
 rms_norm = Kernel(norm.rms_norm, norm.rms_norm_plain)
 rotate = Kernel(rope.rotate, rope.rotate_plain)
@@ -48,14 +32,18 @@ KERNELS: tuple[Kernel[Any], ...] = (rms_norm, rotate, gated, project, packed_att
 _ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def check_kernels(device: torch.device, dtype: torch.dtype, *, plain: Collection[str] = ()) -> dict[str, str]:
-    """Compare every fast function with its twin on `device` in `dtype`, and call the twin of each that differs.
+def check_kernels(
+    device: torch.device, dtype: torch.dtype, quantization: str = "none", *, plain: Collection[str] = ()
+) -> dict[str, str]:
+    """Compare every fast function with its twin on `device` in `dtype`, and call the twin of each that differs. What
+    writes a weight of `quantization` (nf4, int8) out is compared where there is one.
 
     plain  names whose twin is called without a comparison: what a run chose when it began
     Returns {name: what was found} of those; empty where all agree. Draws nothing from torch's own random state.
     """
     found = {}
-    for kernel in KERNELS:
+    of_weights = [] if quantization == "none" else [quantized.DEQUANTIZE[quantization]]
+    for kernel in (*KERNELS, *of_weights):
         reason = "as at the first start" if kernel.name in plain else _differs(kernel, device, dtype)
         kernel.plain = reason is not None
         if reason is not None:
@@ -84,6 +72,8 @@ def _run(function: Callable[..., torch.Tensor], args: Sequence[Any], kwargs: dic
     flat = [t for a in args for t in ([t for low in a for t in low[:2]] if isinstance(a, list) else [a])]
     wanted = [t for t in flat if isinstance(t, torch.Tensor) and t.requires_grad]
     out = function(*args, **kwargs)
+    if not wanted:
+        return [out]
     upstream = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, wanted, upstream)]
 
@@ -155,6 +145,14 @@ def _head_case(draw: _Draw) -> Case:
     return (draw(_TOKENS, 64), weight, targets), {"chunk": 32}
 
 
+def _weight_case(kind: str) -> Callable[[_Draw], Case]:
+    def case(draw: _Draw) -> Case:
+        dtype = torch.float32 if draw.dtype == torch.float64 else draw.dtype
+        return (quantized.quantize(draw(96, 520, grad=False, dtype=dtype), cast(quantized.Kind, kind)), dtype), {}
+
+    return case
+
+
 _CASES: dict[Kernel[Any], tuple[Callable[[_Draw], Case], ...]] = {
     rms_norm: (_norm_case,),
     rotate: (_rotate_case,),
@@ -162,4 +160,5 @@ _CASES: dict[Kernel[Any], tuple[Callable[[_Draw], Case], ...]] = {
     project: (_project_case,),
     packed_attention: (_attention_case, _tree_case),
     cross_entropy: (_head_case,),
+    **{kernel: (_weight_case(kind),) for kind, kernel in quantized.DEQUANTIZE.items()},
 }

@@ -30,7 +30,7 @@ from safetensors.torch import save
 from ..errors import AdapterError
 from ..models.depth import layers_in
 from .decoder import causal_lm
-from .inject import quiet, remove_lora
+from .inject import quiet, refuse_packed_copies, remove_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -154,6 +154,7 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
             file=place / CONFIG,
             hint="An adapter of Qwen v1's time: `cmqa adapter import OLD --model BASE --out NEW`.",
         )
+    refuse_packed_copies(model, config.get("modules_to_save") or ())
     lora = LoraConfig(
         r=config["r"],
         lora_alpha=config["lora_alpha"],

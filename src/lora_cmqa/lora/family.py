@@ -2,6 +2,7 @@
 
     HF + PEFT modules    -> read_body(model) -> Body: embedding, blocks, last norm
     q_proj k_proj v_proj -> one weight whose rows are theirs; each module's weight becomes a view of it, in place
+    quantised ones       -> stay as they are; a product writes them out one after the other (kernels/quantized.py)
 
 A Body is read anew for each forward, so what was done to the modules in between counts: an adapter loaded, switched
 off or changed, a move to another device. What a Body cannot say raises Unsupported with the reason.
@@ -19,7 +20,9 @@ from peft.tuners.lora import Linear as LoraLinear
 
 from ..kernels.lora_linear import LowRank
 from ..kernels.mlp import Activation
+from ..kernels.quantized import Frozen, Stacked
 from ..messages import say
+from ..models.quantized import QuantizedLinear
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Norm:
 class Projection:
     """Linear layers of one input: weight [sum of their outputs, in], bias likewise, active adapters on its rows."""
 
-    weight: torch.Tensor
+    weight: Frozen
     bias: torch.Tensor | None
     adapters: tuple[LowRank, ...]
 
@@ -175,7 +178,8 @@ def _projection(owner: Any, names: tuple[str, ...], place: str) -> Projection:
     for name in names:
         module = getattr(owner, name)
         base = module.base_layer if type(module) is LoraLinear else module
-        _frozen(base, "Linear", f"{place}.{name}")
+        if type(base) is not QuantizedLinear:
+            _frozen(base, "Linear", f"{place}.{name}")
         stop = start + base.out_features
         if base is not module:
             adapters += _adapters(module, start, stop, f"{place}.{name}")
@@ -188,7 +192,16 @@ def _projection(owner: Any, names: tuple[str, ...], place: str) -> Projection:
         bias = None
     else:
         raise Unsupported(say("decoder.other_part", part=f"{place}.{names[0]}", kind="bias"))
-    return Projection(joined([base.weight for base in bases]), bias, tuple(adapters))
+    return Projection(_weight(bases, f"{place}.{names[0]}"), bias, tuple(adapters))
+
+
+def _weight(bases: list[Any], place: str) -> Frozen:
+    packed = [base for base in bases if type(base) is QuantizedLinear]
+    if not packed:
+        return joined([base.weight for base in bases])
+    if len(packed) < len(bases):
+        raise Unsupported(say("decoder.other_part", part=place, kind="16 bits beside quantised"))
+    return Stacked(tuple(base.quantized for base in packed))
 
 
 def _adapters(module: LoraLinear, start: int, stop: int, place: str) -> list[LowRank]:

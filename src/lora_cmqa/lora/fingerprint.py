@@ -1,7 +1,8 @@
 """Is this the base that the adapter was trained on? An adapter carries its base's fingerprint (models/fingerprint.py);
 another base is refused with what differs.
 
-"num_hidden_layers" is there where only the first so many layers of that base were used (--num-hidden-layers).
+"num_hidden_layers" is there where only the first so many layers of that base were used (--num-hidden-layers),
+"quantization" where its matrices were quantised (nf4, int8).
 """
 
 from __future__ import annotations
@@ -17,12 +18,17 @@ from ..models.load import layers_of, resolve
 FILE = "fingerprint.json"
 
 
-def write_fingerprint(folder: Path, base: str | Path, *, num_hidden_layers: int | None = None) -> dict[str, Any]:
-    """`folder`/fingerprint.json for the base named `base`, with the depth it is cut to where that is less than its."""
+def write_fingerprint(
+    folder: Path, base: str | Path, *, num_hidden_layers: int | None = None, quantization: str = "none"
+) -> dict[str, Any]:
+    """`folder`/fingerprint.json for the base named `base`, with the depth it is cut to where that is less than its,
+    and with how it is quantised."""
     place = resolve(base)
     content = fingerprint(place)
     if num_hidden_layers is not None and num_hidden_layers < layers_of(place):
         content["num_hidden_layers"] = num_hidden_layers
+    if quantization != "none":
+        content["quantization"] = quantization
     (folder / FILE).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return content
 
@@ -39,6 +45,15 @@ def kept_layers(run: str | Path) -> int | None:
     if kept is not None and (not isinstance(kept, int) or isinstance(kept, bool) or kept < 1):
         raise AdapterError(f"{kept!r} is no number of layers", file=run, field="num_hidden_layers")
     return kept
+
+
+def trained_quantization(run: str | Path) -> str:
+    """none, nf4 or int8: how the base of `run` was kept in training, as its fingerprint says."""
+    place = fingerprinted(run)
+    kind = _read(place / FILE).get("quantization", "none") if place else "none"
+    if kind not in ("none", "nf4", "int8"):
+        raise AdapterError(f"{kind!r} is no known quantisation", file=run, field="quantization")
+    return str(kind)
 
 
 def check_fingerprint(run: str | Path, base: str | Path) -> None:

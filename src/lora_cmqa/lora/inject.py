@@ -19,6 +19,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.other import AuxiliaryTrainingWrapper
 
 from ..errors import AdapterError
+from ..models.quantized import QuantizedLinear
 from ..models.sizes import QWEN_V1_NAMES
 from .tokens import token_indices
 
@@ -50,6 +51,7 @@ def inject_lora(
         raise AdapterError("target_modules is empty", hint="--target-modules all-linear")
     targets = _named(model, target_modules, "target_modules")
     saved = _named(model, modules_to_save, "modules_to_save") if modules_to_save else None
+    refuse_packed_copies(model, saved or ())
     rows = token_indices(model, trainable_token_ids) if trainable_token_ids else None
     if whole := set(saved or ()) & set(rows or ()):
         raise AdapterError(
@@ -76,6 +78,16 @@ def inject_lora(
         for weight in lora_parameters(wrapped).values():
             weight.data = weight.data.double()
     return wrapped
+
+
+def refuse_packed_copies(model: Any, modules_to_save: Sequence[str]) -> None:
+    """Raises AdapterError where a layer that is to be trained whole lies in 4 or 8 bits, which take no gradient."""
+    for path, module in model.named_modules():
+        if isinstance(module, QuantizedLinear) and path.rsplit(".", 1)[-1] in modules_to_save:
+            raise AdapterError(
+                f"modules_to_save names {path}, which is quantised ({module.kind}) and so cannot be trained whole",
+                hint="--quantization none, or LoRA on it (target_modules).",
+            )
 
 
 @contextlib.contextmanager

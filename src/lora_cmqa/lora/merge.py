@@ -5,7 +5,8 @@
     model.layers.0.input_layernorm.weight                         as it is
 
 Tensor by tensor from the base's files: never more than one shard in memory, in its written dtype. Then base + adapter
-and merged answer the same golden prompts, and certificate.json says how far apart they are.
+and merged answer the same golden prompts, and certificate.json says how far apart they are. An adapter that was trained
+on a quantised base goes into the base in its 16 bits ("trained_on" says so); weights quantised on disk are refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from ..models.fingerprint import CONVERTED
 from ..models.load import DTYPES, check_weight_files, layers_of, load_model, read_json, resolve
 from .adapter import WEIGHTS, check_depth, load_adapter, read_adapter_config, read_tensors, refuse_code
 from .fingerprint import FILE as FINGERPRINT
-from .fingerprint import check_fingerprint, fingerprint, fingerprinted, kept_layers
+from .fingerprint import check_fingerprint, fingerprint, fingerprinted, kept_layers, trained_quantization
 
 CERTIFICATE = "certificate.json"
 GOLDEN_PROMPTS = (
@@ -101,6 +102,7 @@ def merge(
             "base_fingerprint": fingerprint(base_folder),
             "base_fingerprint_checked": stored is not None,
             "adapter_sha256": sha256_of(folder / WEIGHTS),
+            "trained_on": kind if (kind := trained_quantization(folder)) != "none" else "as the base",
             "dtype": dtype or "as the base",
             "num_hidden_layers": kept,
             **_compare(native, folder, made, kept),

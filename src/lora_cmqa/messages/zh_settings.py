@@ -10,6 +10,10 @@ SETTINGS: dict[str, str] = {
         "冻结基座的精度；LoRA 权重总是 float32（基座为 float64 时也是 float64）。"
         "auto：设备以 bfloat16 计算时用 bfloat16，否则 float32。"
     ),
+    "model.quantization": (
+        "各层冻结矩阵的量化，读入时逐个进行：nf4（QLoRA：4 位，常数也量化）占 16 位的四分之一，int8 占一半。"
+        "需要 bitsandbytes（gpu 附加项）；计算精度仍由 dtype 决定。"
+    ),
     "model.device": "cpu、cuda、cuda:1；auto 在有显卡时用显卡。",
     "model.num_hidden_layers": "只保留基座的前若干层（原脚本为放进显卡而取 16 层）；剩下的是受损的模型。",
     # data
@@ -139,6 +143,7 @@ SETTINGS: dict[str, str] = {
     "run": "训练文件夹，或任何 PEFT 适配器的文件夹。",
     "model": "基座；默认为适配器所记的那个。",
     "num_hidden_layers": "基座裁到多少层；默认以训练文件夹的 fingerprint.json 为准。",
+    "quantization": "基座各层的量化：none、nf4、int8；默认以训练文件夹的 fingerprint.json 为准。",
     "device": "cpu、cuda、cuda:1；auto 在有显卡时用显卡。",
     "dtype": "计算精度；auto 由设备决定。",
     "system": "系统提示；默认与训练时相同。",

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .. import hub
 from ..errors import ModelError
+from ..kernels.quantized import Kind, bitsandbytes_library, keep_kernels_away
 from . import qwen1, tiny
 from .cache import quiet_transformers
 from .depth import check_layers, refuse_more_layers, say_cost
+from .quantized import OnLoad, forget_quantizer
 from .sizes import cpu_computes_in_bfloat16
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -47,28 +50,51 @@ def load_model(
     device: str = "cpu",
     *,
     num_hidden_layers: int | None = None,
+    quantization: str = "none",
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The base model in eval mode with frozen weights, and its tokenizer with its chat template.
 
     dtype   float32, bfloat16, float16, float64, or auto: bfloat16 where the device computes in it, else float32
     device  "cpu", "cuda", "cuda:1", or auto: a GPU when there is one
     num_hidden_layers  keep the first so many layers only (the seed's way to fit a card); what it costs is said
+    quantization  nf4 or int8: the layers' matrices are quantised one by one as they are read (quantized.py)
 
     Raises ModelError: unknown name, no such folder, a checkpoint that needs its own code or a pickle, missing weights.
+    ConfigError: a quantised base without bitsandbytes.
     """
+    kind = _kind(quantization)
     folder = resolve(name_or_path)
     where = pick_device(device)
     precision = pick_dtype(dtype, where)
     config = read_json(folder / "config.json", folder)
     model: PreTrainedModel
     if qwen1.is_qwen1(config):
-        model = qwen1.load(folder, precision, num_hidden_layers=num_hidden_layers)
+        model = qwen1.load(
+            folder, precision, num_hidden_layers=num_hidden_layers, quantization=kind, device=where if kind else None
+        )
     else:
         refuse_remote_code(folder)
-        model = _load_native(folder, precision, num_hidden_layers)
+        if config.get("quantization_config"):
+            keep_kernels_away()  # transformers may load it through bitsandbytes
+        if kind and config.get("quantization_config"):
+            raise ModelError(
+                f"its weights are quantised already; they cannot be quantised again to {kind}",
+                file=folder / "config.json",
+                hint="Take the 16-bit checkpoint, or --quantization none.",
+            )
+        model = _load_native(folder, precision, num_hidden_layers, kind, where)
     if num_hidden_layers is not None and num_hidden_layers < layers_of(folder):
         say_cost(model, num_hidden_layers, layers_of(folder))
     return model.to(where).eval().requires_grad_(False), load_tokenizer(folder)
+
+
+def _kind(quantization: str) -> Kind | None:
+    if quantization == "none":
+        return None
+    if quantization not in typing.get_args(Kind):
+        raise ModelError(f"quantization {quantization!r} is unknown", hint="One of none, nf4, int8.")
+    bitsandbytes_library()  # asked before a byte is read
+    return typing.cast(Kind, quantization)
 
 
 def load_tokenizer(name_or_path: str | Path) -> PreTrainedTokenizerBase:
@@ -227,8 +253,12 @@ def check_weight_files(folder: Path) -> None:
 # ---- a folder -> model and tokenizer -------------------------------------------------------------------------------
 
 
-def _load_native(folder: Path, dtype: torch.dtype, num_hidden_layers: int | None = None) -> PreTrainedModel:
+def _load_native(
+    folder: Path, dtype: torch.dtype, num_hidden_layers: int | None, kind: Kind | None, device: torch.device
+) -> PreTrainedModel:
     check_weight_files(folder)
+    # Quantised on the device where it will stay: a 16-bit tensor goes there, and only one at a time.
+    quantised: dict[str, Any] = {"quantization_config": OnLoad(kind=kind), "device_map": {"": device}} if kind else {}
     try:
         with quiet_transformers():
             config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
@@ -247,7 +277,9 @@ def _load_native(folder: Path, dtype: torch.dtype, num_hidden_layers: int | None
                 output_loading_info=True,
                 trust_remote_code=False,
                 local_files_only=True,
+                **quantised,
             )
+            forget_quantizer(model)
     except ModelError:
         raise
     except Exception as e:  # transformers raises OSError, ValueError, KeyError, RuntimeError, SafetensorError ...

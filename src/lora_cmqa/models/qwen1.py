@@ -33,9 +33,11 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
 from ..data.template import CHATML
 from ..errors import ModelError
+from ..kernels.quantized import Kind
 from .cache import appears_complete
 from .depth import check_layers, layer_of, refuse_more_layers
 from .fingerprint import CONVERTED, converted_from, fingerprint
+from .quantized import QuantizedLinear, place_quantized
 from .sizes import is_qwen1, with_late_keys
 from .tiny import byte_alphabet
 
@@ -251,8 +253,16 @@ def _first_line(e: Exception) -> str:
     return next(iter(str(e).splitlines()), type(e).__name__)[:200]
 
 
-def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | None = None) -> Qwen2ForCausalLM:
-    """The checkpoint as transformers' Qwen2ForCausalLM on the CPU: never more than one tensor above its size.
+def load(
+    folder: str | Path,
+    dtype: torch.dtype,
+    *,
+    num_hidden_layers: int | None = None,
+    quantization: Kind | None = None,
+    device: torch.device | None = None,
+) -> Qwen2ForCausalLM:
+    """The checkpoint as transformers' Qwen2ForCausalLM, on the CPU unless a `device` is given: never more than one
+    tensor above its size. `quantization` keeps the layers' matrices in so few bits from the moment they are read.
 
     `num_hidden_layers` keeps the first so many layers (the seed's edit). Raises ModelError: a tensor that is missing,
     without a place, or of another shape than the config says.
@@ -266,10 +276,16 @@ def load(folder: str | Path, dtype: torch.dtype, *, num_hidden_layers: int | Non
     config._name_or_path = str(folder)
     with torch.device("meta"):
         model = Qwen2ForCausalLM(config)
+    if quantization:
+        place_quantized(model, quantization)
     for shard in _shards(folder, model, dtype, v1.layers):
         for name, value in shard:
             owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+            module, value = model.get_submodule(owner), value.to(device)
+            if leaf == "weight" and isinstance(module, QuantizedLinear):
+                module.take(value)
+            else:
+                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     model.model.rotary_emb = Qwen1Rotary(config, v1)
     for layer in model.model.layers:
         if v1.logn:

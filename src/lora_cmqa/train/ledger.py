@@ -25,6 +25,9 @@ VALUE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # bitsandbytes, 4 bits with double quantisation: blocks of 64 weights share an 8-bit constant, 256 such constants a
 # float32 (functional.quantize_4bit with compress_statistics; QLoRA, arXiv 2305.14314, section 3).
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
+# While NF4 is written out, a float32 for each block of 64. int8 passes through float32 in pieces, and so does what is
+# quantised on a CPU (kernels/quantized.py).
+PIECE = 1 << 22  # weights
 SHARD_BYTES = 5 * 10**9  # of a published checkpoint's file: what a merge holds at once
 
 # Rows of one attention group differ in length by at most an eighth (kernels/attention.py): half of that on average.
@@ -276,11 +279,16 @@ def layer_forward(setup: Setup) -> Row:
 
 
 def dequantised(setup: Setup) -> tuple[Row, ...]:
-    """The largest matrix, written out in the dtype that is computed in."""
+    """The largest matrix, written out in the dtype that is computed in, and what that takes on the way."""
     if setup.quantization == "none":
         return ()
-    largest = max(out * inner for out, inner in setup.shape.linears.values())
-    return (Row("one weight dequantised", largest * setup.value_bytes),)
+    largest = _largest(setup)
+    passing = largest // 16 if setup.quantization == "nf4" else 8 * min(PIECE, largest)
+    return (Row("one weight dequantised", largest * setup.value_bytes + passing),)
+
+
+def _largest(setup: Setup) -> int:
+    return max(out * inner for out, inner in setup.shape.linears.values())
 
 
 # ---- the phases ------------------------------------------------------------------------------------------------------
@@ -345,8 +353,12 @@ def _recomputed(setup: Setup) -> tuple[Row, ...]:
 
 
 def _largest_16_bit(setup: Setup) -> tuple[Row, ...]:
-    """While a base is quantised, one matrix is there in 16 bits."""
-    return tuple(Row("one weight before it is quantised", row.bytes) for row in dequantised(setup))
+    """While a base is quantised, one matrix is there in 16 bits, and float32 pieces of it on a CPU."""
+    if setup.quantization == "none":
+        return ()
+    largest = _largest(setup)
+    pieces = 0 if setup.on_gpu else 20 * min(PIECE, largest)
+    return (Row("one weight before it is quantised", largest * setup.value_bytes + pieces),)
 
 
 def _around(setup: Setup, rows: tuple[Row, ...]) -> tuple[Row, ...]:

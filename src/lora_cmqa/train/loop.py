@@ -43,6 +43,7 @@ from ..lora.tokens import choose_tokens
 from ..messages import say
 from ..models.cache import cache_root
 from ..models.load import base_name, chat_format, load_model, pick_device, pick_dtype, resolve
+from ..models.quantized import parameters_of, quantization_of
 from .checkpoint import BEST, load_checkpoint, newest_whole, restore_rng_state, save_checkpoint
 from .commit import check_space, disk_errors, remove_leftovers, write_file
 from .deterministic import deterministic_kernels
@@ -547,8 +548,8 @@ def _start(config: Config, folder: Path) -> _Run:
     device = pick_device(m.device)
     wanted = "bfloat16" if t.bf16 and m.dtype == "auto" else m.dtype
     dtype = pick_dtype(stored_dtype(folder) or wanted if wanted == "auto" else wanted, device)
-    plain = check_kernels(device, dtype, plain=stored_plain_kernels(folder))
-    now = environment(device, dtype) | {"plain_kernels": sorted(plain)}
+    plain = check_kernels(device, dtype, m.quantization, plain=stored_plain_kernels(folder))
+    now = environment(device, dtype, m.quantization) | {"plain_kernels": sorted(plain)}
     same_environment(folder, now, anyway=t.resume == "anyway")
     for kernel, found in plain.items():
         _tell(say("train.plain_kernel", kernel=kernel, found=found, device=device, dtype=dtype))
@@ -559,7 +560,11 @@ def _start(config: Config, folder: Path) -> _Run:
     t = config.train
     precision = str(dtype).removeprefix("torch.")
     model, tokenizer = load_model(
-        m.name_or_path, dtype=precision, device=str(device), num_hidden_layers=m.num_hidden_layers
+        m.name_or_path,
+        dtype=precision,
+        device=str(device),
+        num_hidden_layers=m.num_hidden_layers,
+        quantization=m.quantization,
     )
     template = ChatTemplate.from_tokenizer(tokenizer, d.chat_template)
     rows = _encode(train_examples, "train", config, template)
@@ -631,7 +636,7 @@ def _dev_ranking(config: Config, dev: Sequence[Example], template: ChatTemplate)
 
 
 def _inject(model: Any, config: Config, tokens: Sequence[int]) -> Any:
-    lora, total = config.lora, sum(p.numel() for p in model.parameters())
+    lora, total, kind = config.lora, parameters_of(model), quantization_of(model)
     weights = next(model.parameters())
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing")  # PEFT asks by the old name
@@ -651,7 +656,7 @@ def _inject(model: Any, config: Config, tokens: Sequence[int]) -> Any:
         say(
             "train.model",
             base=config.model.name_or_path,
-            dtype=str(weights.dtype).removeprefix("torch."),
+            dtype=str(weights.dtype).removeprefix("torch.") + (f" + {kind}" if kind != "none" else ""),
             device=weights.device,
             threads=torch.get_num_threads(),
             trained=f"{trained:,}",

@@ -20,6 +20,7 @@ def model_card(config: Config, base: str, *, first: Sequence[str] = (), measured
     targets = " ".join(lora.target_modules)
     depth = config.model.num_hidden_layers
     cut = f", cut to its first {depth} layers" if depth else ""
+    kept = "" if config.model.quantization == "none" else f", its layers quantised to {config.model.quantization}"
     whole = f"; trained whole: {' '.join(lora.modules_to_save)}" if lora.modules_to_save else ""
     rows = f"; trained by rows: {' '.join(lora.trainable_tokens)}" if lora.trainable_tokens else ""
     lines = [
@@ -37,7 +38,7 @@ def model_card(config: Config, base: str, *, first: Sequence[str] = (), measured
         "",
         "| | |",
         "|---|---|",
-        f"| base | {name}{cut} (its hashes: `fingerprint.json`) |",
+        f"| base | {name}{cut}{kept} (its hashes: `fingerprint.json`) |",
         f"| data | {card['source']}, licence {card['licence']} |",
         *(f"| sha256 of {file} | {digest} |" for file, digest in sorted(card["outputs"].items())),
         f"| LoRA | r {lora.r}, alpha {lora.lora_alpha:g}, dropout {lora.lora_dropout:g}, on {targets}{whole}{rows} |",

@@ -25,7 +25,7 @@ from ..errors import ConfigError
 from ..messages import say
 from ..models.sizes import QWEN_V1_NAMES, Shape, cpu_computes_in_bfloat16, shape_of
 from . import qwen_recipe
-from .ledger import Phase, Setup, flops_of_attention, flops_per_taught_token, flops_per_token, peak, phases
+from .ledger import NF4_BYTES, Phase, Setup, flops_of_attention, flops_per_taught_token, flops_per_token, peak, phases
 
 Recipe = Literal["ours", "qwen-finetune"]
 
@@ -124,6 +124,7 @@ def setup_of(config: Config, shape: Shape, *, on_gpu: bool, supervised: float = 
     return Setup(
         shape=shape,
         dtype=_dtype(config, on_gpu),
+        quantization=config.model.quantization,
         r=config.lora.r,
         targets=_targets(config.lora.target_modules, shape),
         trained_whole=_trained_whole(config.lora.modules_to_save, shape),
@@ -142,6 +143,7 @@ def settings_of(setup: Setup) -> dict[str, Any]:
     """The settings by which `cmqa train` runs it."""
     return {
         "model.dtype": setup.dtype,
+        "model.quantization": setup.quantization,
         "train.max_tokens": setup.max_tokens,
         "train.gradient_checkpointing": setup.checkpoint_layers > 0,
         "train.checkpoint_layers": setup.checkpoint_layers,
@@ -289,7 +291,10 @@ def cost(setup: Setup, memory: Memory) -> float:
     card = _card(memory.device)
     operations_per_byte = card[0] / card[1] if card else _OPERATIONS_PER_BYTE
     shape = setup.shape
-    layer = shape.linear_parameters * setup.value_bytes
+    of_weight: float = setup.value_bytes
+    if setup.quantization != "none":  # read packed, written out, read again
+        of_weight = 2 * of_weight + (NF4_BYTES if setup.quantization == "nf4" else 1)
+    layer = shape.linear_parameters * of_weight
     read = (2 * shape.layers + setup.checkpoint_layers) * layer
     head = 2 * shape.vocab * shape.hidden * setup.value_bytes * math.ceil(setup.taught / setup.head_chunk)
     return flops_per_token(setup) + operations_per_byte * (read + head) / setup.tokens
@@ -320,6 +325,8 @@ def switches(chosen: Setup, memory: Memory) -> tuple[Switch, ...]:
     if chosen.head_chunk > 64:
         other["--head-chunk 64"] = replace(chosen, head_chunk=64)
     changing: dict[str, Setup] = {}
+    if chosen.quantization == "none":
+        changing["--quantization nf4"] = replace(chosen, quantization="nf4")
     if chosen.r > 16:
         changing["--lora.r 16"] = replace(chosen, r=16)
     if chosen.trained_whole:

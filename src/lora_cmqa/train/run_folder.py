@@ -121,18 +121,21 @@ def write_settings(folder: Path, config: Config) -> None:
 # ---- environment -------------------------------------------------------------------------------------------------
 
 
-def environment(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Versions, device, dtype and threads of this process."""
+def environment(device: torch.device, dtype: torch.dtype, quantization: str = "none") -> dict[str, Any]:
+    """Versions, device, dtype and threads of this process, and how the base is quantised where it is."""
     packages = ("lora-cmqa", "torch", "transformers", "peft", "safetensors", "tokenizers", "numpy")
     versions = {"python": platform.python_version(), **{n: _version(n) for n in packages}}
     if device.type == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    if quantization != "none":
+        versions["bitsandbytes"] = _version("bitsandbytes")
     return {
         "versions": versions,
         "platform": platform.platform(),
         "processor": _processor(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "dtype": str(dtype).removeprefix("torch."),
+        **({"quantization": quantization} if quantization != "none" else {}),
         "threads": torch.get_num_threads(),
         "float32_matmul_precision": torch.get_float32_matmul_precision(),
     }
@@ -258,7 +261,9 @@ def write_companions(
         made = Path(scratch)
         tokenizer.chat_template = template.jinja
         tokenizer.save_pretrained(made)
-        write_fingerprint(made, base.name_or_path, num_hidden_layers=base.num_hidden_layers)
+        write_fingerprint(
+            made, base.name_or_path, num_hidden_layers=base.num_hidden_layers, quantization=base.quantization
+        )
         (made / TEMPLATE).write_text(template.jinja, encoding="utf-8")
         (made / GENERATION).write_bytes(_json({"eos_token_id": stop_ids, "pad_token_id": tokenizer.pad_token_id}))
         (made / CARD).write_text(card, encoding="utf-8")
