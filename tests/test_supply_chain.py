@@ -24,6 +24,9 @@ LOCKED_EXTRAS = ("demo", "track")
 UNPICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "jsonpickle", "marshal", "shelve"}
 
 
+_PICKLES = ("torch.save", "serialization.load", "jit.load", "package.PackageImporter", "read_pickle", "to_pickle")
+
+
 def imports(tree: ast.AST) -> set[str]:
     """Top-level names of absolute imports."""
     found = set()
@@ -42,13 +45,19 @@ def offences(source: str) -> list[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and node.value in UNPICKLERS:
             found.append(f"line {node.lineno}: names {node.value!r}")  # importlib.import_module("pickle")
+        if isinstance(node, ast.Import) and any(a.name == "torch" and a.asname for a in node.names):
+            found.append(f"line {node.lineno}: torch under another name, which hides its load")
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "torch":
+            found += [
+                f"line {node.lineno}: {a.name} of torch by itself" for a in node.names if a.name in ("load", "save")
+            ]
         if not isinstance(node, ast.Call):
             continue
         call = ast.unparse(node.func)
         given = {k.arg: ast.unparse(k.value) for k in node.keywords}
         if call.endswith("torch.load") and given.get("weights_only") != "True":
             found.append(f"line {node.lineno}: torch.load without weights_only=True")
-        if "allow_pickle" in given or call.endswith(("torch.save", "read_pickle", "to_pickle")):
+        if "allow_pickle" in given or call.endswith(_PICKLES):
             found.append(f"line {node.lineno}: {call} pickles")
     return found
 
@@ -70,6 +79,11 @@ def test_case_19_nothing_pickles_or_unpickles(file):
         "torch.load(f, weights_only=flag)",
         "np.load(f, allow_pickle=True)",
         "torch.save(x, f)",
+        "from torch import load",
+        "from torch.serialization import load",
+        "import torch as t",
+        "torch.serialization.load(f)",
+        "torch.jit.load(f)",
         "pd.read_pickle(f)",
     ],
 )

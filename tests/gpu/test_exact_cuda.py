@@ -40,7 +40,8 @@ sys.exit(main(sys.argv[2:]))
 
 def train(data: Path, run: Path, *more: str, kill_before: int = 0, device: str = "cuda") -> int:
     words = ["train", "--model", "tiny-qwen3", "--data", data, "--output-dir", run, "--device", device, "--r", 4]
-    words += ["--lora-dropout", 0.1, "--dev-fraction", 0.2, "--max-steps", 7, "--save-steps", 2, "--eval-steps", 2]
+    words += [] if "--system" in more else ["--lora-dropout", 0.1]  # what rows share is computed once without it only
+    words += ["--dev-fraction", 0.2, "--max-steps", 7, "--save-steps", 2, "--eval-steps", 2]
     words += ["--learning-rate", 0.05, "--per-device-train-batch-size", 4, "--gradient-accumulation-steps", 1]
     command = [sys.executable, "-c", CHILD, kill_before, *words, "--deterministic", *more]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
@@ -60,12 +61,17 @@ def end_of(run: Path) -> dict:
 
 
 @pytest.mark.parametrize(
-    "more", [("--dtype", "bfloat16"), ("--dtype", "float32"), ("--gradient-checkpointing",)], ids=str
+    "more",
+    [("--dtype", "bfloat16"), ("--dtype", "float32"), ("--gradient-checkpointing",), ("--system", "你是一名医生。")],
+    ids=str,
 )
 def test_case_39_a_killed_run_on_a_gpu_ends_as_the_one_left_alone(tmp_path, more):
     data = tmp_path / "rows.jsonl"
-    turns = [(f"第{i}天头痛，怎么办？", "要多休息。" + "必要时就医。" * (i % 4)) for i in range(24)]
-    rows = [{"messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
+    turns = [(f"第{i // 2}天头痛，怎么办？", "要多休息。" + "必要时就医。" * (i % 4)) for i in range(24)]
+    rows = [
+        {"question_id": q, "messages": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]}
+        for q, a in turns
+    ]
     data.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     assert train(data, tmp_path / "whole", *more) == 0
     assert train(data, tmp_path / "run", *more, kill_before=5) == -signal.SIGKILL
