@@ -229,7 +229,7 @@ def test_the_fullest_micro_batch_is_as_full_as_any_of_the_run():
     ],
 )
 def test_the_row_that_is_off_most_is_named(kept, peak_more, after_more, row):
-    setup = Setup(SHAPES["Qwen3-0.6B"], dtype="float32", on_gpu=False, gives_back=True, max_tokens=2048)
+    setup = Setup(SHAPES["Qwen3-0.6B"], dtype="float32", on_gpu=True, max_tokens=2048)
     predicted = growth(setup, first_step=True)
     rows = {r.name: r.bytes for r in {p.name: p for p in phases(setup)}["forward"].rows}
     keeps = sum(v for k, v in rows.items() if k.startswith(("activations", "LoRA A in", "head: states")))

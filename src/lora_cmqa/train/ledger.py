@@ -49,8 +49,9 @@ CPU_LIBRARIES = 500 * 2**20
 # Attention by products, backward: bytes a weight beside the weights that are kept (float32 copies of the weights and of
 # their gradient, and the product that torch's vecdot writes out; 4 bytes need no copy). Measured on one layer alone.
 PRODUCTS_BACKWARD = {2: 12, 4: 8, 8: 16}
-# What oneDNN keeps of a 16-bit product of each shape after its first run (kernels and scratch), and the heap what is
-# smaller than the blocks that are handed back. Fitted on the even half of benchmarks/memory.py, tested on the other.
+# What oneDNN keeps of a product of each shape after its first run (kernels and scratch), and the heap of what is
+# smaller than the blocks that are handed back. 16 bits: three layers alone kept 26 and 39 MB; float32: the median of
+# what was left over on the even half of benchmarks/memory.py.
 CPU_SCRATCH = {2: 40 * 2**20, 4: 20 * 2**20, 8: 20 * 2**20}
 GLIBC_KEEPS = {2: 1.05, 4: 0.35, 8: 0.35}
 

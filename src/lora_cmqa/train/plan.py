@@ -331,8 +331,6 @@ def switches(chosen: Setup, memory: Memory) -> tuple[Switch, ...]:
         changing["--lora.r 16"] = replace(chosen, r=16)
     if chosen.trained_whole:
         changing["--modules-to-save none"] = replace(chosen, trained_whole=0)
-    if chosen.quantization == "none":
-        changing["--quantization nf4"] = replace(chosen, quantization="nf4")
     now, speed = peak(chosen).bytes, cost(chosen, memory)
     return tuple(
         Switch(flag, now - then, cost(setup, memory) / speed - 1, peak(setup).bytes <= memory.bytes, flag in changing)
