@@ -1,13 +1,13 @@
 """Adapters of an engine: thousands on disk, those in use in memory, those of one batch side by side.
 
     AdapterStore   name -> LowRank -> Prepared (in the base's dtype, on its device), within a budget
-    Stack          those of one rank in one decode step -> A [adapters, k r, in], B [adapters, k r, out]
+    Stack          those of one rank in one decode step -> A [adapters, k r, in], B's [adapters, r, out]
 
-Projections that read the same input share one A (its rows below each other) and one B (block diagonal):
+Projections that read the same input share one A, its rows below each other; each keeps a B of its own:
 
-    qkv   A = [A_q; A_k; A_v]      B = | B_q'          |      y += (x A') B      two products instead of six
-                                       |     B_k'      |
-                                       |          B_v' |
+    qkv   A = [A_q; A_k; A_v]      x A' = [s_q  s_k  s_v]      y_q += s_q B_q'   y_k += s_k B_k'   y_v += s_v B_v'
+
+(One block diagonal B for all would be one product, but two thirds of what it reads are zeros.)
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ JOINED = {
 }
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
 Key = tuple[int, str]  # layer, name of the joined projection
+Parts = tuple[torch.Tensor, tuple[torch.Tensor, ...]]  # A, B's
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """One adapter ready for use. `parts`: A [k r, in] and B [k r, out] of each joined projection it changes."""
+    """One adapter ready for use. `parts`: A [k r, in] and the k B's, each [r, out], of each joined projection it
+    changes; zeros for a module of it that it does not."""
 
     digest: str
     rank: int
-    parts: dict[Key, tuple[torch.Tensor, torch.Tensor]]
+    parts: dict[Key, Parts]
     pairs: LowRank  # by module, for the plain way; empty where `parts` serve
     nbytes: int
 
@@ -62,18 +64,16 @@ def prepare_joined(
     for key, modules in grouped.items():
         outs = widths[key]
         inner = next(iter(modules.values())).a.shape[1]
-        a, b = torch.zeros(len(outs) * rank, inner), torch.zeros(len(outs) * rank, sum(outs))
+        a, bs = torch.zeros(len(outs) * rank, inner), [torch.zeros(rank, out) for out in outs]
         if dtype == torch.float64:
-            a, b = a.double(), b.double()
-        column = 0
-        for i, (name, out) in enumerate(zip(JOINED[key[1]], outs, strict=True)):
+            a, bs = a.double(), [b.double() for b in bs]
+        for i, (name, b) in enumerate(zip(JOINED[key[1]], bs, strict=True)):
             if name in modules:
                 pair = modules[name]
                 a[i * rank : i * rank + len(pair.a)] = pair.a
-                b[i * rank : i * rank + len(pair.a), column : column + out] = pair.b.T
-            column += out
-        parts[key] = (a.to(device, dtype), b.to(device, dtype))
-    return Prepared(digest, rank, parts, {}, sum(_size(t) for pair in parts.values() for t in pair))
+                b[: len(pair.a)] = pair.b.T
+        parts[key] = (a.to(device, dtype), tuple(b.to(device, dtype) for b in bs))
+    return Prepared(digest, rank, parts, {}, sum(_size(t) for a, bs in parts.values() for t in (a, *bs)))
 
 
 def prepare_plain(digest: str, pairs: LowRank, dtype: torch.dtype, device: torch.device) -> Prepared:
@@ -157,10 +157,10 @@ class Stack:
     stay the same copies nothing.
     """
 
-    def __init__(self, shapes: dict[Key, tuple[int, int, int]], rank: int, like: torch.Tensor) -> None:
-        """`shapes`: k, in, out of each joined projection."""
+    def __init__(self, shapes: dict[Key, tuple[int, tuple[int, ...]]], rank: int, like: torch.Tensor) -> None:
+        """`shapes`: inputs, and the outputs of each module, of each joined projection."""
         self.rank, self._shapes, self._like = rank, shapes, like
-        self._tensors: dict[Key, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._tensors: dict[Key, Parts] = {}
         self._members: list[Prepared] = []
         self._room = 0
 
@@ -183,10 +183,10 @@ class Stack:
         del self._members[len(wanted) :]
         return list(self._members)
 
-    def get(self, key: Key) -> tuple[torch.Tensor, torch.Tensor]:
-        """A [places, k r, in] and B [places, k r, out]; a lone member has an idle place beside it."""
-        a, b = self._tensors[key]
-        return a[: self.places], b[: self.places]
+    def get(self, key: Key) -> Parts:
+        """A [places, k r, in] and the k B's [places, r, out]; a lone member has an idle place beside it."""
+        a, bs = self._tensors[key]
+        return a[: self.places], tuple(b[: self.places] for b in bs)
 
     @property
     def places(self) -> int:
@@ -203,23 +203,23 @@ class Stack:
         self._room, members, self._members = room, self._members, []
         self._tensors = {
             key: (
-                self._like.new_zeros(room, k * self.rank, inner),
-                self._like.new_zeros(room, k * self.rank, out),
+                self._like.new_zeros(room, len(outs) * self.rank, inner),
+                tuple(self._like.new_zeros(room, self.rank, out) for out in outs),
             )
-            for key, (k, inner, out) in self._shapes.items()
+            for key, (inner, outs) in self._shapes.items()
         }
         for place, member in enumerate(members):
             self._members.append(member)
             self._copy(place, member)
 
     def _copy(self, place: int, adapter: Prepared) -> None:
-        for key, (a, b) in self._tensors.items():
-            if key in adapter.parts:
-                a[place].copy_(adapter.parts[key][0])
-                b[place].copy_(adapter.parts[key][1])
-            else:
-                a[place].zero_()
-                b[place].zero_()
+        for key, (a, bs) in self._tensors.items():
+            new = adapter.parts.get(key)
+            for i, held in enumerate((a, *bs)):
+                if new is None:
+                    held[place].zero_()
+                else:
+                    held[place].copy_((new[0], *new[1])[i])
 
 
 def _size(tensor: torch.Tensor) -> int:

@@ -192,11 +192,7 @@ class BatchForward:
     def _stack(self, rank: int) -> Stack:
         if rank not in self._stacks:
             shapes = {
-                (i, name): (
-                    len(self._widths[i, name]),
-                    getattr(block, name).weight.shape[1],
-                    sum(self._widths[i, name]),
-                )
+                (i, name): (getattr(block, name).weight.shape[1], self._widths[i, name])
                 for i, block in enumerate(self.body.blocks)
                 for name in JOINED
             }
@@ -208,8 +204,8 @@ class BatchForward:
         if rank not in self._least_of_rank:
             like, matrices = self.body.norm.weight, []
             for name in JOINED:
-                projection, k = getattr(self.body.blocks[0], name), len(JOINED[name]) * rank
-                matrices += [like.new_empty(k, projection.weight.shape[1]), like.new_empty(len(projection.weight), k)]
+                inner, k = getattr(self.body.blocks[0], name).weight.shape[1], len(JOINED[name]) * rank
+                matrices += [like.new_empty(k, inner), *(like.new_empty(out, rank) for out in self._widths[0, name])]
             self._least_of_rank[rank] = steady_stack_rows([m.normal_() for m in matrices], MOST_ROWS)
         return self._least_of_rank[rank]
 
@@ -301,8 +297,9 @@ class BatchForward:
     def _project(x: torch.Tensor, projection: Projection, adapter: Prepared | None, key: Key) -> torch.Tensor:
         y = product(x, projection.weight, projection.bias)
         if adapter is not None and key in adapter.parts:
-            a, b = adapter.parts[key]
-            y.addmm_(x @ a.t(), b)
+            a, bs = adapter.parts[key]
+            for mine, small, b in _by_module(y, x @ a.t(), bs):
+                mine.addmm_(small, b)
         return y
 
     # ---- decode ------------------------------------------------------------------------------------------------
@@ -380,13 +377,12 @@ class BatchForward:
         for group in step.groups:
             if not group.stack.changes(key):
                 continue
-            a, b = group.stack.get(key)
-            if group.gather is None:
-                mine, seen = y[group.first : group.stop], x[group.first : group.stop]
-                mine.view(len(a), -1, y.shape[1]).baddbmm_(torch.bmm(seen.view(len(a), -1, x.shape[1]), a.mT), b)
-            else:
-                some = y[group.gather].view(len(a), -1, y.shape[1])
-                some.baddbmm_(torch.bmm(x[group.gather].view(len(a), -1, x.shape[1]), a.mT), b)
+            a, bs = group.stack.get(key)
+            which = slice(group.first, group.stop) if group.gather is None else group.gather
+            some = y[which].view(len(a), -1, y.shape[1])
+            for mine, small, b in _by_module(some, torch.bmm(x[which].view(len(a), -1, x.shape[1]), a.mT), bs):
+                mine.baddbmm_(small, b)
+            if group.gather is not None:
                 y[group.first : group.stop] = some.view(-1, y.shape[1])[group.scatter]
         return y
 
@@ -404,6 +400,16 @@ class BatchForward:
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _by_module(
+    y: torch.Tensor, small: torch.Tensor, bs: Sequence[torch.Tensor]
+) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Each module's outputs [..., out], x A' [..., r] and B [..., r, out]; the first two are views."""
+    if len(bs) == 1:
+        return ((y, small, bs[0]),)
+    outs = y.split([b.shape[-1] for b in bs], dim=-1)
+    return zip(outs, small.split(bs[0].shape[-2], dim=-1), bs, strict=True)
 
 
 def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
