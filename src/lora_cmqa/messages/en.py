@@ -68,6 +68,8 @@ TEXT: dict[str, str] = {
     "train.fit_unknown": "The memory is not planned ({reason}); --fit off is taken.",
     "train.memory": "Memory, above the level after loading: {predicted} GiB predicted, {measured} GiB measured "
     "({error} %).",
+    "train.memory_so_far": "Memory, above the level after loading: {predicted} GiB planned, {measured} GiB in the "
+    "first step; it rises as the C library holds on to what is freed.",
     "train.memory_off": "Off most: {row} and what goes with it, {predicted} GiB predicted, {measured} GiB measured.",
     "train.no_shared_prefixes": "With dropout each row has masks of its own: what rows share is computed for each.",
     "train.plain_kernel": "The fast {kernel} differs from its plain twin here ({device}, {dtype}: {found}); "

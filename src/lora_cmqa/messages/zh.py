@@ -64,6 +64,8 @@ TEXT: dict[str, str] = {
     "train.fit": "空闲 {memory} GiB（{device}）；计划峰值 {peak} GiB，设置为 {settings}",
     "train.fit_unknown": "无法规划内存（{reason}）；按 --fit off 处理。",
     "train.memory": "加载之后新增的内存：预计 {predicted} GiB，实测 {measured} GiB（{error} %）。",
+    "train.memory_so_far": "内存（加载之后的增量）：计划 {predicted} GiB，第一步实测 {measured} GiB；"
+    "C 库会留住释放的内存，之后还会上升。",
     "train.memory_off": "相差最多的一项：{row} 及其相关部分，预计 {predicted} GiB，实测 {measured} GiB。",
     "train.no_shared_prefixes": "使用 dropout 时每行需要各自的掩码：共享的开头将逐行计算。",
     "train.plain_kernel": "快速实现 {kernel} 在本机（{device}，{dtype}：{found}）与普通实现的结果不一致；"
