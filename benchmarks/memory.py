@@ -170,23 +170,11 @@ def _model(case: Case) -> tuple[Any, Shape]:
 def random_model(shape: Any, dtype: str, device: str, quantization: str = "none") -> Any:
     """Random weights of a shape, frozen; a quantised one is made a matrix at a time."""
     import torch
-    import transformers
+    from peers.setting import without_weights
 
     from lora_cmqa.models.load import DTYPES
 
-    family = {"qwen1": "Qwen2", "qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[shape.family]
-    config = getattr(transformers, f"{family}Config")(
-        vocab_size=shape.vocab,
-        hidden_size=shape.hidden,
-        intermediate_size=shape.ffn,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        head_dim=shape.head_dim,
-        tie_word_embeddings=shape.tied,
-    )
-    with torch.device("meta"):
-        model = getattr(transformers, f"{family}ForCausalLM")(config).to(DTYPES[dtype])
+    model = without_weights(shape).to(DTYPES[dtype])
     generator = torch.Generator(device).manual_seed(0)
 
     def drawn(like: torch.Tensor) -> torch.Tensor:

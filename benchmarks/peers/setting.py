@@ -127,7 +127,8 @@ def load(setting: Setting, dtype: str) -> Any:
     return _random(shape_of(setting.model.removeprefix("random:")), dtype, setting.device)
 
 
-def _random(shape: Shape, dtype: str, device: str) -> Any:
+def without_weights(shape: Shape) -> Any:
+    """transformers' causal LM of a known shape on the meta device."""
     import transformers
 
     family = {"qwen1": "Qwen2", "qwen2": "Qwen2", "qwen3": "Qwen3", "llama": "Llama"}[shape.family]
@@ -141,9 +142,12 @@ def _random(shape: Shape, dtype: str, device: str) -> Any:
         head_dim=shape.head_dim,
         tie_word_embeddings=shape.tied,
     )
-    kind = getattr(transformers, f"{family}ForCausalLM")
     with torch.device("meta"):
-        model = kind(config)
+        return getattr(transformers, f"{family}ForCausalLM")(config)
+
+
+def _random(shape: Shape, dtype: str, device: str) -> Any:
+    model = without_weights(shape)
     model = model.to(DTYPES[dtype]).to_empty(device=device)
     model.tie_weights()
     generator = torch.Generator(device).manual_seed(0)
@@ -151,7 +155,7 @@ def _random(shape: Shape, dtype: str, device: str) -> Any:
         for weight in model.parameters():
             weight.normal_(0, 0.02, generator=generator) if weight.dim() == 2 else weight.fill_(1)
     decoder = model.get_decoder()  # its table is a buffer that to_empty left empty
-    decoder.rotary_emb = type(decoder.rotary_emb)(config=config).to(device)
+    decoder.rotary_emb = type(decoder.rotary_emb)(config=model.config).to(device)
     return model.eval().requires_grad_(False)
 
 

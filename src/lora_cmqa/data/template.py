@@ -210,7 +210,7 @@ class ChatTemplate:
         encode = contents_plain if getattr(self.tokenizer, "backend_tokenizer", None) is None else contents_fast
         out: list[list[int]] = []
         for start in range(0, len(texts), _BATCH):
-            out += encode(self.tokenizer, [_without_surrogates(t) for t in texts[start : start + _BATCH]])
+            out += encode(self.tokenizer, [without_surrogates(t) for t in texts[start : start + _BATCH]])
         return out
 
     # ---- what a template must keep ---------------------------------------------------------------------------------
@@ -377,7 +377,7 @@ def _template_text(given: str) -> str:
     return file.read_text(encoding="utf-8")
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Lone surrogates become U+FFFD, pairs are joined: the tokenizers library takes valid Unicode only."""
     try:
         text.encode("utf-8")

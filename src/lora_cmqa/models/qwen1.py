@@ -31,7 +31,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
 
-from ..data.template import CHATML
+from ..data.template import CHATML, without_surrogates
 from ..errors import ModelError
 from ..kernels.quantized import Kind
 from .cache import appears_complete
@@ -449,7 +449,7 @@ class Qwen1Tokenizer(PreTrainedTokenizerFast):
     """A fast tokenizer that, as the original, turns a lone surrogate into U+FFFD (the library alone refuses it)."""
 
     def _encode_plus(self, text: Any, text_pair: Any = None, **kwargs: Any) -> Any:
-        return super()._encode_plus(_without_surrogates(text), _without_surrogates(text_pair), **kwargs)
+        return super()._encode_plus(_valid(text), _valid(text_pair), **kwargs)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> Any:
         """Saved as a plain tokenizers-library tokenizer: the ids are the same, and anything can load it."""
@@ -460,11 +460,12 @@ class Qwen1Tokenizer(PreTrainedTokenizerFast):
         return files
 
 
-def _without_surrogates(text: Any) -> Any:
+def _valid(text: Any) -> Any:
+    """Each string of a text, a pair or a batch, without lone surrogates."""
     if isinstance(text, str):
-        return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        return without_surrogates(text)
     if isinstance(text, (list, tuple)):
-        return type(text)(_without_surrogates(t) for t in text)
+        return type(text)(_valid(t) for t in text)
     return text
 
 
