@@ -5,10 +5,17 @@
     python benchmarks/train.py --table              the tables of what is kept, nothing measured
 
     seed                 the seed's recipe by transformers' Trainer: padded to 512, recomputing, 2 rows x 8
-    hf-autocast-4 ...    a plain transformers + PEFT loop; the two fastest of a search over batch and precision
+    hf-autocast-4 ...    a plain transformers + PEFT loop; the fastest of a search over batch and precision
+    trl-packing-1 ...    TRL, LLaMA-Factory and ms-swift, each in its own environment under runs/bench-env
+                         (peers/others.py) and in the fastest of its own small search
     ours                 `cmqa train`; then with one feature off: -separate-rows (no shared prefixes),
                          -transformers-forward (lora/plain.py), -float32 (base in float32)
     several-answers ...  rows of questions with several answers only, with shared prefixes and without
+
+A round is the seed's recipe on 32 rows, peers on 64, ours on 256, several answers on 128; what each feature gives is
+measured in round 0 only, on 128 rows, and the searches on 32. Three rounds, not five: the other trainers take four
+fifths of a round (64 rows at 60 to 130 tokens/s, and 20 s to start), and five would not end within 90 minutes on two
+cores. A peer that cannot be installed or dies is named with its last words, and the rest goes on.
 
 Rates are of the steps after the first. MFU = operations / time / peak, where operations are 4 per body parameter and
 token (6 where all is recomputed) and 4 per head parameter and supervised token, and the peak is the fastest matrix
@@ -26,13 +33,14 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peers import hf_loop, hf_trainer, ours
+from peers import hf_loop, hf_trainer, others, ours
 from peers.setting import PEAK_SHAPES, TINY_SHAPES, Clock, Setting, load, operations, peak, peak_memory, read_rows
 from result_line import commit, keep, kept, result_line
 
@@ -42,8 +50,12 @@ from lora_cmqa.train.run_folder import environment
 HERE = Path(__file__).parent
 SEARCH = tuple(f"hf-{precision}-{batch}" for precision in hf_loop.PRECISIONS for batch in hf_loop.BATCHES)
 OURS = ("ours", "ours-separate-rows", "ours-transformers-forward", "ours-float32")
+FEATURE_OFF_ROUNDS = (0,)
 SHARED = ("several-answers", "several-answers-separate-rows")
 
+
+# {way: {round: what `measure` gave}}; -1 is the search
+Rounds = dict[str, dict[int, dict[str, Any]]]
 
 # ---- one measurement, in a process of its own --------------------------------------------------------------------
 
@@ -56,11 +68,19 @@ def measure(way: str, setting: Setting) -> dict[str, Any]:
     narrow = computes_in_bfloat16(device)
     wide_weights = way == "seed" or way.startswith("hf-autocast") or way.endswith("float32") or not narrow
     load_before = os.getloadavg()[0]
+    elsewhere = way.split("-")[0] in others.PEERS
     model = load(setting, "float32" if wide_weights else "bfloat16")
     body, head = operations(model)
     vocabulary = model.get_input_embeddings().num_embeddings
     rows, clock = read_rows(setting, vocabulary), Clock(device)
-    if way == "seed":
+    told: dict[str, Any] = {}
+    if elsewhere:
+        model = None  # the peer has its own
+        try:
+            told = others.train(way, setting, rows, clock)
+        except others.PeerFailed as error:
+            return {"error": str(error)}
+    elif way == "seed":
         hf_trainer.train(setting, model, rows, clock)
     elif way.startswith("hf-"):
         _, precision, batch = way.split("-")
@@ -75,12 +95,12 @@ def measure(way: str, setting: Setting) -> dict[str, Any]:
             shared_prefixes=not way.endswith("separate-rows"),
         )
     values = clock.values(setting.threads)
-    memory = peak_memory(device)
-    del model
+    memory = told.pop("peak_memory_bytes", None) or peak_memory(device)
+    model = None
     gc.collect()
     computes_in = "float32" if way.endswith("float32") or not narrow else "bfloat16"
     fastest = peak(DTYPES[computes_in], device, TINY_SHAPES if setting.model.startswith("tiny") else PEAK_SHAPES)
-    recomputes = way == "seed" or setting.checkpointing
+    recomputes = way == "seed" or (setting.checkpointing and not elsewhere)
     work = body * (1.5 if recomputes else 1) * values["computed_tokens"] + head * values["supervised_tokens"]
     return values | {
         "mfu": work / values["seconds"] / fastest,
@@ -92,6 +112,7 @@ def measure(way: str, setting: Setting) -> dict[str, Any]:
         "bound": (body * values["tokens"] + head * values["supervised_tokens"])
         / (body * values["computed_tokens"] + head * values["supervised_tokens"]),
         "mean_row": sum(map(len, rows)) / len(rows),
+        **told,
     }
 
 
@@ -126,11 +147,8 @@ class Measurements:
         if key not in self.done:
             v = self.run(way, setting)
             self._keep(key, v)
-            print(
-                f"round {setting.round}  {way:32} {v['tokens_per_second']:8.1f} tokens/s  MFU {v['mfu']:6.1%}",
-                file=sys.stderr,
-                flush=True,
-            )
+            said = v["error"] if "error" in v else f"{v['tokens_per_second']:8.1f} tokens/s  MFU {v['mfu']:6.1%}"
+            print(f"{time.strftime('%H:%M:%S')}  round {setting.round}  {way:32} {said}", file=sys.stderr, flush=True)
         return self.done[key]
 
     def load_at_start(self) -> float:
@@ -146,8 +164,8 @@ class Measurements:
             f.write(json.dumps([key, values]) + "\n")
 
 
-def all_rounds(args: argparse.Namespace, measurements: Measurements) -> dict[str, list[dict[str, Any]]]:
-    """{way: a measurement of each round}; which plain loops take part is decided by a search before round 0."""
+def all_rounds(args: argparse.Namespace, measurements: Measurements) -> Rounds:
+    """{way: {round: its measurement, or {"error": ...}}}; a search before round 0 decides which peers take part."""
     base = Setting(
         model=args.model,
         data=args.data,
@@ -161,51 +179,71 @@ def all_rounds(args: argparse.Namespace, measurements: Measurements) -> dict[str
         checkpointing=args.checkpointing,
     )
     peer_rows, seed_rows = replace(base, rows=args.peer_rows), replace(base, rows=args.seed_rows)
+    feature_rows = replace(base, rows=args.feature_rows)
     ways: dict[str, Setting] = {}
+    out: Rounds = {}
     if not args.ours_only:
-        found = {way: measurements.of(way, peer_rows)["tokens_per_second"] for way in SEARCH}
-        ways = {"seed": seed_rows} | dict.fromkeys(sorted(found, key=found.__getitem__)[-2:], peer_rows)
-    ways |= dict.fromkeys(OURS, base)
+        if not args.no_seed:
+            ways["seed"] = seed_rows
+        searches = {"hf": tuple(args.hf.split(",")) if args.hf else SEARCH}
+        if not (args.no_peers or args.model.startswith("random:")):  # a random model has no texts that peers could read
+            searches |= others.SEARCHES
+        for candidates in searches.values():
+            tried = {way: measurements.of(way, replace(base, rows=args.search_rows)) for way in candidates}
+            found = {way: v["tokens_per_second"] for way, v in tried.items() if "error" not in v}
+            if found:
+                ways[max(found, key=found.__getitem__)] = peer_rows
+            out |= {way: {-1: v} for way, v in tried.items() if "error" in v}
+    ways |= {"ours": base} | dict.fromkeys(OURS[1:], feature_rows)
     if not args.no_several_answers:
-        ways |= dict.fromkeys(SHARED, replace(base, several_answers=True))
-    out: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+        ways |= dict.fromkeys(SHARED, replace(feature_rows, several_answers=True))
+    out |= {way: {} for way in ways}
     for number in range(args.rounds):
         order = list(ways)[:: 1 if number % 2 == 0 else -1]  # who comes first changes
         for way in order:
-            out[way].append(measurements.of(way, replace(ways[way], round=number)))
+            if way not in OURS[1:] or number in FEATURE_OFF_ROUNDS:
+                out[way][number] = measurements.of(way, replace(ways[way], round=number))
     return out
 
 
-def summary(rounds: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Medians with [least, most] over the rounds; ratios are of neighbours in one round, then their median."""
+def summary(measured: Rounds) -> dict[str, Any]:
+    """Medians with [least, most] over the rounds; ratios are of neighbours in one round, then their median.
 
-    def over(ways: dict[str, list[dict[str, Any]]], key: str) -> dict[str, Any]:
-        return {way: _spread([m[key] for m in ms]) for way, ms in ways.items()}
+    A way that failed in a round has no figure of it; its error stands in `errors`.
+    """
+    rounds = {way: {n: m for n, m in ms.items() if "error" not in m} for way, ms in measured.items()}
+    rounds = {way: ms for way, ms in rounds.items() if ms}
+    errors = {way: m["error"] for way, ms in measured.items() for m in ms.values() if "error" in m}
+
+    def over(key: str) -> dict[str, Any]:
+        return {way: _spread([m[key] for m in ms.values()]) for way, ms in rounds.items()}
 
     def ratio(of: str, to: str) -> dict[str, float] | None:
-        if of not in rounds or to not in rounds:
-            return None
-        pairs = zip(rounds[of], rounds[to], strict=True)
-        return _spread([a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs])
+        both = sorted(rounds.get(of, {}).keys() & rounds.get(to, {}).keys())
+        rates = [(rounds[of][n]["tokens_per_second"], rounds[to][n]["tokens_per_second"]) for n in both]
+        return _spread([a / b for a, b in rates]) if rates else None
 
-    rates = over(rounds, "tokens_per_second")
-    peers = [way for way in rounds if way.startswith("hf-")]
-    best = max(peers, key=lambda way: rates[way]["median"]) if peers else None
-    ours_first = rounds["ours"]
-    hours = 20_000 * 5 * ours_first[0]["mean_row"] / rates["ours"]["median"] / 3600
+    rates = over("tokens_per_second")
+    hf = next((way for way in rounds if way.startswith("hf-")), None)
+    ours_first = next(iter(rounds["ours"].values()))
+    hours = 20_000 * 5 * ours_first["mean_row"] / rates["ours"]["median"] / 3600
+    shared = rounds.get(SHARED[0], {})
     return {
         "tokens_per_second": rates,
         "ratio_vs_seed": ratio("ours", "seed"),
-        "ratio_vs_best_peer": ratio("ours", best) if best else None,
-        "best_peer": best,
-        "mfu": over(rounds, "mfu"),
+        "ratio_vs_best_peer": ratio("ours", hf) if hf else None,  # the plain transformers + PEFT loop
+        "best_peer": hf,
+        "ratio_vs": {way: ratio("ours", way) for way in rounds if way.split("-")[0] in others.PEERS},
+        "errors": errors,
+        "rounds": {way: len(ms) for way, ms in rounds.items()},
+        "mfu": over("mfu"),
         "ratio_shared_prefix": ratio(*SHARED),
-        "bound_shared_prefix": _spread([m["bound"] for m in rounds[SHARED[0]]]) if SHARED[0] in rounds else None,
+        "bound_shared_prefix": _spread([m["bound"] for m in shared.values()]) if shared else None,
         "ratio_feature_off": {way: ratio("ours", way) for way in OURS[1:]},
-        "peak_operations_per_second": over(rounds, "peak_operations_per_second"),
-        "computes_in": {way: ms[0]["computes_in"] for way, ms in rounds.items()},
-        "peak_memory_bytes": over(rounds, "peak_memory_bytes"),
-        "processor_share": over(rounds, "processor_share"),
+        "peak_operations_per_second": over("peak_operations_per_second"),
+        "computes_in": {way: next(iter(ms.values()))["computes_in"] for way, ms in rounds.items()},
+        "peak_memory_bytes": over("peak_memory_bytes"),
+        "processor_share": over("processor_share"),
         "seed_job_hours": hours,  # 20,000 rows x 5 epochs at the rate of ours and these rows' mean length
     }
 
@@ -233,6 +271,13 @@ def table(line: dict[str, Any]) -> str:
             f"| {v['mfu'][way]['median']:.1%} | {v['peak_memory_bytes'][way]['median'] / 1e9:.1f} "
             f"| {factor} |"
         )
+    rows += [
+        f"| {way} | failed: {' '.join(error.split()).replace('|', '/')} | | | |"
+        for way, error in v.get("errors", {}).items()
+    ]
+    counted = {way: n for way, n in v.get("rounds", {}).items() if way not in OURS[1:]}
+    if counted:
+        rows.append(f"\nrounds: {max(counted.values())}")
     if v["ratio_shared_prefix"]:
         rows.append(
             f"\nshared prefixes, rows of questions with several answers: x {v['ratio_shared_prefix']['median']:.3f}, "
@@ -248,10 +293,12 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded", help="or random:Qwen3-0.6B, random:Qwen-7B: random weights")
     parser.add_argument("--data", help="prepared folder; default: the embedded sample")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=256, help="of ours in a round")
     parser.add_argument("--peer-rows", type=int, default=64)
     parser.add_argument("--seed-rows", type=int, default=32)
+    parser.add_argument("--feature-rows", type=int, default=128, help="of ours with a feature off, and several answers")
+    parser.add_argument("--search-rows", type=int, default=32, help="of each candidate before round 0")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--r", type=int, default=8)
@@ -259,6 +306,9 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stretch", type=int, default=0, help="every row repeated to so many tokens")
     parser.add_argument("--checkpointing", action="store_true", help="also ours and the plain loop recompute")
     parser.add_argument("--ours-only", action="store_true")
+    parser.add_argument("--hf", help="candidates instead of the whole search, as hf-bf16-2,hf-bf16-4")
+    parser.add_argument("--no-seed", action="store_true")
+    parser.add_argument("--no-peers", action="store_true", help="without TRL, LLaMA-Factory and ms-swift")
     parser.add_argument("--no-several-answers", action="store_true")
     parser.add_argument("--dry", action="store_true", help="print the line and do not keep it")
     parser.add_argument("--table", action="store_true")

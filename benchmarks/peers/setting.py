@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from lora_cmqa.core import TokenizedExample
+from lora_cmqa.core import Example, TokenizedExample
 from lora_cmqa.data.prepare import load_split
 from lora_cmqa.data.sources import read_examples
 from lora_cmqa.data.template import ChatTemplate, encode_all
@@ -90,12 +90,18 @@ class Clock:
 # ---- rows ------------------------------------------------------------------------------------------------------------
 
 
+def read_examples_of(setting: Setting) -> list[Example]:
+    """All training rows as text."""
+    source = read_examples(SAMPLE) if setting.data is None else load_split(Path(setting.data), "train")
+    return [e for e in source if e.split in (None, "train")]
+
+
 def read_rows(setting: Setting, vocabulary: int) -> list[TokenizedExample]:
     """setting.rows rows in the round's order. Raises SystemExit where there are too few for two steps."""
     tokenizer = load_tokenizer("embedded" if setting.model.startswith("random:") else setting.model)
-    source = read_examples(SAMPLE) if setting.data is None else load_split(Path(setting.data), "train")
-    train = [e for e in source if e.split in (None, "train")]
-    rows, _ = encode_all(train, ChatTemplate.from_tokenizer(tokenizer), max_length=setting.max_length)
+    rows, _ = encode_all(
+        read_examples_of(setting), ChatTemplate.from_tokenizer(tokenizer), max_length=setting.max_length
+    )
     rows = [_fitted(row, setting.stretch, vocabulary) for row in rows]
     questions: dict[str, list[TokenizedExample]] = {}
     for row in rows:
