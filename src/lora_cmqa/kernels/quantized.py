@@ -145,7 +145,8 @@ def bitsandbytes_library() -> Any:
 
     On processors with AVX-512 BF16 its import asks the package `kernels`, where that is installed, to fetch compiled
     code from a hub (0.50, backends/cpu/ops.py). So `kernels` does not exist while it is imported: its own CPU library
-    answers. The one import of the process stands here; PEFT and transformers, which import it too, find it made.
+    answers. The one import of the process stands here; transformers, which imports it too, finds it made, and PEFT does
+    not ask for it before (lora/peft_door.py).
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
@@ -158,8 +159,7 @@ def bitsandbytes_library() -> Any:
 
 
 def keep_kernels_away() -> None:
-    """Import bitsandbytes, where it is installed and nobody has, in a way that fetches nothing. PEFT imports it on its
-    own for any base as soon as it is there."""
+    """Import bitsandbytes, where it is installed and nobody has, in a way that fetches nothing."""
     if "bitsandbytes" in sys.modules or importlib.util.find_spec("bitsandbytes") is None:
         return
     absent = object()

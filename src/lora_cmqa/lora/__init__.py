@@ -1,5 +1,5 @@
 """The adapter: put in, run, saved, loaded, merged."""
 
-from ..kernels.quantized import keep_kernels_away
+from .peft_door import import_peft
 
-keep_kernels_away()  # before PEFT, which is imported in this room, can import bitsandbytes
+import_peft()  # before the room's files import what they need of it

@@ -31,6 +31,7 @@ from ..errors import AdapterError
 from ..models.depth import layers_in
 from .decoder import causal_lm
 from .inject import quiet, refuse_packed_copies, remove_lora
+from .peft_door import without_bitsandbytes_layers
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -171,7 +172,8 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
         inference_mode=not is_trainable,
         task_type="CAUSAL_LM",
     )
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []), quiet():
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), quiet(), without_bitsandbytes_layers():
         wrapped = PeftModelForCausalLM(model, lora)  # the layers' random start is overwritten below
     try:
         _check_tensors(place / WEIGHTS, tensors, get_peft_model_state_dict(wrapped, save_embedding_layers=False))

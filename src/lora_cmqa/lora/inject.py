@@ -21,6 +21,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from ..errors import AdapterError
 from ..models.quantized import QuantizedLinear
 from ..models.sizes import QWEN_V1_NAMES
+from .peft_door import without_bitsandbytes_layers
 from .tokens import token_indices
 
 _TAKES_LORA = (torch.nn.Linear, torch.nn.Embedding)
@@ -71,7 +72,7 @@ def inject_lora(
         bias="none",
     )
     devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), quiet():
+    with torch.random.fork_rng(devices=devices), quiet(), without_bitsandbytes_layers():
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     if exact:
