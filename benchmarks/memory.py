@@ -85,12 +85,14 @@ def measure(case: Case) -> dict[str, Any]:
     import torch
 
     from lora_cmqa.core import Batch
+    from lora_cmqa.kernels.compiled import bound_compiled_products
     from lora_cmqa.lora.decoder import checkpoint_activations, why_plain
     from lora_cmqa.lora.inject import inject_lora, lora_parameters
     from lora_cmqa.train.memory import give_back_what_is_freed, read_mapped_weights
     from lora_cmqa.train.optim import adamw
     from lora_cmqa.train.step import train_step
 
+    bound_compiled_products()
     give_back_what_is_freed()
     model, shape = _model(case)
     model = inject_lora(model, r=case.r)

@@ -31,6 +31,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from .. import hub
 from ..errors import ModelError
+from ..kernels.compiled import bound_compiled_products
 from ..kernels.quantized import Kind, bitsandbytes_library, keep_kernels_away
 from . import qwen1, tiny
 from .cache import quiet_transformers
@@ -62,6 +63,7 @@ def load_model(
     Raises ModelError: unknown name, no such folder, a checkpoint that needs its own code or a pickle, missing weights.
     ConfigError: a quantised base without bitsandbytes.
     """
+    bound_compiled_products()
     kind = _kind(quantization)
     folder = resolve(name_or_path)
     where = pick_device(device)

@@ -32,6 +32,7 @@ from ..data.stream import BatchStream, rows_sha256
 from ..data.template import ChatTemplate, EncodeReport
 from ..data.token_cache import encode_cached
 from ..errors import ConfigError, DataError, Interrupted, ResourceError, RunError
+from ..kernels.compiled import bound_compiled_products
 from ..kernels.head import CHUNK
 from ..kernels.table import check_kernels
 from ..lora.adapter import WEIGHTS, adapter_files
@@ -548,6 +549,7 @@ def _start(config: Config, folder: Path) -> _Run:
     device = pick_device(m.device)
     wanted = "bfloat16" if t.bf16 and m.dtype == "auto" else m.dtype
     dtype = pick_dtype(stored_dtype(folder) or wanted if wanted == "auto" else wanted, device)
+    bound_compiled_products()  # before the first product, which the self-check makes
     plain = check_kernels(device, dtype, m.quantization, plain=stored_plain_kernels(folder))
     now = environment(device, dtype, m.quantization) | {"plain_kernels": sorted(plain)}
     same_environment(folder, now, anyway=t.resume == "anyway")
