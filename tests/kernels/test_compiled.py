@@ -29,9 +29,7 @@ def test_the_users_own_bound_stands(given, expected, monkeypatch):
 
 
 def test_a_loaded_model_has_the_bound_set():
-    code = (
-        "import os; from lora_cmqa.models.load import load_model; load_model('tiny'); print(os.environ['%s'])" % ONEDNN
-    )
+    code = f"import os; from lora_cmqa.models.load import load_model; load_model('tiny'); print(os.environ[{ONEDNN!r}])"
     clean = {k: v for k, v in os.environ.items() if k not in (ONEDNN, OLD, IDEEP)}
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=clean)
     assert found.stdout.split() == [str(KEPT)], found.stderr
