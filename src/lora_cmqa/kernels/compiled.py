@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import os
 
-# More than one layer meets forward and backward, or each layer would compile its own anew. Attention over shared prefixes
-# has a shape for each group of branches: with 64 such steps took 1.5 times as long, with 256 as long as with 1,024.
+# More than one layer meets forward and backward, or each layer would compile its own anew. Attention over shared
+# prefixes has a shape for each group of branches: with 64 such steps took 1.5 times as long (docs/speed.md).
 KEPT = 256
 # Each bound by the names it goes by: oneDNN knows an older one.
 _BOUNDS = (("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "DNNL_PRIMITIVE_CACHE_CAPACITY"), ("LRU_CACHE_CAPACITY",))
