@@ -13,8 +13,8 @@
     several-answers ...  rows of questions with several answers only, with shared prefixes and without
 
 A round is the seed's recipe on 32 rows, peers on 64, ours on 256, several answers on 128; what each feature gives is
-measured in round 0 only, on 128 rows, and the searches on 32. On two cores the searches take 18 minutes and a round 9 to
-10, so that five rounds end within 90 minutes. A peer that cannot be installed or dies is named with its last words,
+measured in round 0 only, on 128 rows, and the searches on 32. On two cores the searches take 18 minutes and a round 9
+to 10, so that five rounds end within 90 minutes. A peer that cannot be installed or dies is named with its last words,
 and the rest goes on.
 
 Rates are of the steps after the first. MFU = operations / time / peak, where operations are 4 per body parameter and
