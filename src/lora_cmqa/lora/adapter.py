@@ -30,8 +30,7 @@ from safetensors.torch import save
 from ..errors import AdapterError
 from ..models.depth import layers_in
 from .decoder import causal_lm
-from .inject import quiet, refuse_packed_copies, remove_lora
-from .peft_door import without_bitsandbytes_layers
+from .inject import peft_at_work, refuse_packed_copies, remove_lora
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -172,8 +171,7 @@ def load_adapter(model: Any, folder: str | Path, *, allow_inert: bool = False, i
         inference_mode=not is_trainable,
         task_type="CAUSAL_LM",
     )
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), quiet(), without_bitsandbytes_layers():
+    with peft_at_work(model.device):
         wrapped = PeftModelForCausalLM(model, lora)  # the layers' random start is overwritten below
     try:
         _check_tensors(place / WEIGHTS, tensors, get_peft_model_state_dict(wrapped, save_embedding_layers=False))

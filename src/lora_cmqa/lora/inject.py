@@ -71,8 +71,7 @@ def inject_lora(
         task_type="CAUSAL_LM",
         bias="none",
     )
-    devices = [model.device] if model.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), quiet(), without_bitsandbytes_layers():
+    with peft_at_work(model.device):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=True)
     if exact:
@@ -92,7 +91,15 @@ def refuse_packed_copies(model: Any, modules_to_save: Sequence[str]) -> None:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
+def peft_at_work(device: torch.device) -> Iterator[None]:
+    """While PEFT puts its layers on: random numbers are given back, nothing is said, bitsandbytes is not asked."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), _quiet(), without_bitsandbytes_layers():
+        yield
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
     """PEFT asks transformers by a name that it will drop in version 6, which tells the user nothing."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\..*")

@@ -1,5 +1,5 @@
-"""PEFT without bitsandbytes, which it imports for any base as soon as it is installed: two seconds of every start, and
-with the package `kernels` a fetch from a hub (kernels/quantized.py). Our quantised layers are none of bitsandbytes'.
+"""PEFT without bitsandbytes, which it imports for any base as soon as it is installed: 0.7 s of every start, and with
+the package `kernels` a fetch from a hub (kernels/quantized.py). Our quantised layers are none of bitsandbytes'.
 
     import peft         peft/helpers.py        try: import bitsandbytes
     get_peft_model      tuners/lora/model.py   if is_bnb_available(): from .bnb import dispatch_bnb_8bit   (0.20)
