@@ -1,13 +1,15 @@
 """Is the plan true? Predicted growth of the process beside the measured one, each configuration in its own process.
 
     python benchmarks/memory.py            what results/memory.jsonl lacks for this commit, and the table
-    python benchmarks/memory.py --table    prints it only
+    python benchmarks/memory.py --keeps-freed     where the C library keeps freed blocks, over twelve more steps
+    python benchmarks/memory.py --table    prints both only
     python benchmarks/memory.py --device cuda     presets with random weights under their cap, on a card
 
 A child builds the model (random weights of a shape, or the embedded base), puts LoRA on it, notes its resident memory,
 sets the kernel's high-water mark back, trains one row, then a full micro-batch, and notes the mark. Freed blocks go
 back to the system at once, as under --memory-limit. What is predicted is the ledger's fullest moment without the
-weights; it has no fitted constant there.
+weights: in a line by the ledger of its commit, in the table by the ledger as it is now. Constants of train/ledger.py
+are fitted on the even configurations alone.
 """
 
 from __future__ import annotations
@@ -80,36 +82,41 @@ CASES = (
 # ---- one configuration, in a process of its own ----------------------------------------------------------------------
 
 
-def measure(case: Case) -> dict[str, Any]:
-    """{"predicted", "measured"} bytes of growth, {"ledger"} rows and {"phase"} of the fullest moment."""
+def measure(case: Case, more_steps: int = 0) -> dict[str, Any]:
+    """{"predicted", "measured"} bytes of growth, {"ledger"} rows and {"phase"} of the fullest moment.
+
+    more_steps  that many micro-batches of other sizes follow, and freed blocks are left to the C library
+    """
     import torch
 
     from lora_cmqa.core import Batch
     from lora_cmqa.kernels.compiled import bound_compiled_products
     from lora_cmqa.lora.decoder import checkpoint_activations, why_plain
     from lora_cmqa.lora.inject import inject_lora, lora_parameters
-    from lora_cmqa.train.memory import give_back_what_is_freed, read_mapped_weights
+    from lora_cmqa.train.memory import give_back_what_is_freed, read_mapped_weights, trim_heap
     from lora_cmqa.train.optim import adamw
     from lora_cmqa.train.step import train_step
 
     bound_compiled_products()
-    give_back_what_is_freed()
+    if not more_steps:
+        give_back_what_is_freed()
     model, shape = _model(case)
     model = inject_lora(model, r=case.r)
     if case.checkpoint_layers:
         checkpoint_activations(model, case.checkpoint_layers)
     reason = why_plain(model)
     assert reason is None, reason
-    small, full = packs_of(case, shape)
+    small, full, *others = packs_of(case, shape, more_steps)
     optimizer = adamw(lora_parameters(model))
     read_mapped_weights(model)
+    trim_heap()
     level = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    for packed in (small, full):  # the small one makes the moments, which the full one then finds there
+    for packed in (small, full, *others):  # the small one makes the moments, which the full one then finds there
         batch = Batch((packed,), step=1, epoch=1.0, step_supervised_tokens=packed.supervised_tokens)
         train_step(model, batch, optimizer, learning_rate=1e-4, head_chunk=case.head_chunk)
     measured = _resident("VmHWM") - level
-    predicted = growth(setup_of_case(case))
+    predicted = growth(setup_of_case(case, more_steps))
     return {
         "pack": {"tokens": full.tokens, "longest": max(full.row_lengths), "taught": full.supervised_tokens},
         "predicted": predicted.bytes,
@@ -122,16 +129,18 @@ def measure(case: Case) -> dict[str, Any]:
     }
 
 
-def packs_of(case: Case, shape: Shape) -> tuple[Pack, Pack]:
-    """(one row, a full micro-batch) of random rows, two thirds of each taught."""
+def packs_of(case: Case, shape: Shape, more: int = 0) -> tuple[Pack, ...]:
+    """One row, a full micro-batch, `more` others, all of random rows, two thirds of each taught."""
     draw = np.random.default_rng(0)
     rows = []
-    for i, n in enumerate(draw.integers(case.length // 2, case.length + 1, 4 * case.max_tokens // case.length)):
+    count = (4 + 2 * more) * case.max_tokens // case.length
+    for i, n in enumerate(draw.integers(case.length // 2, case.length + 1, count)):
         ids = draw.integers(0, shape.vocab, n).astype(np.int32)
         labels = ids.copy()
         labels[: n // 3] = -100
         rows.append(TokenizedExample(ids, labels, str(i), str(i)))
-    return pack(rows[-1:], max_tokens=case.max_tokens)[0], pack(rows, max_tokens=case.max_tokens)[0]
+    packs = pack(rows, max_tokens=case.max_tokens)
+    return pack(rows[-1:], max_tokens=case.max_tokens)[0], *packs[: 1 + more]
 
 
 def shape_of_case(case: Case) -> Shape:
@@ -142,21 +151,22 @@ def shape_of_case(case: Case) -> Shape:
     return Shape(case.model, family, vocab, hidden, layers, heads, kv, dim, ffn, True)
 
 
-def setup_of_case(case: Case) -> Setup:
+def setup_of_case(case: Case, more_steps: int = 0) -> Setup:
     shape = shape_of_case(case)
-    full = packs_of(case, shape)[1]
+    full = packs_of(case, shape, more_steps)[1]
     return Setup(
         shape,
         dtype=case.dtype,
         r=case.r,
         max_tokens=full.tokens,
+        step_tokens=full.tokens,
         longest_row=max(full.row_lengths),
         mean_row=sum(n * n for n in full.row_lengths) / full.tokens,
         supervised=full.supervised_tokens / full.tokens,
         checkpoint_layers=case.checkpoint_layers,
         head_chunk=case.head_chunk,
         on_gpu=False,
-        gives_back=True,
+        gives_back=not more_steps,
     )
 
 
@@ -318,33 +328,41 @@ def run_on_a_card() -> None:
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
+# Where the C library keeps freed blocks; as above the even ones are for fitting.
+KEEPS_FREED, MORE_STEPS = (0, 1, 6, 9, 12, 13, 14, 15), 12
+
+
 def known() -> dict[str, dict[str, Any]]:
     """The newest line of each configuration."""
     return {json.dumps(line["settings"], sort_keys=True): line for line in kept("memory")}
 
 
-def run(numbers: Sequence[int]) -> None:
+def settings_of_case(case: Case, more_steps: int) -> dict[str, Any]:
+    return asdict(case) | ({"keeps_freed_for_steps": more_steps} if more_steps else {})
+
+
+def run(numbers: Sequence[int], more_steps: int = 0) -> None:
     """Libraries are read once; each configuration has a fork of its own."""
     import lora_cmqa.train.loop  # noqa: F401
 
     now, done = commit(), known()
     with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
         for number in numbers:
-            case = CASES[number]
-            key = json.dumps(asdict(case), sort_keys=True)
+            settings = settings_of_case(CASES[number], more_steps)
+            key = json.dumps(settings, sort_keys=True)
             if key in done and done[key]["commit"] == now:
                 continue
             line = result_line(
                 "memory",
-                pool.apply(measure, (case,)),
+                pool.apply(measure, (CASES[number], more_steps)),
                 device=_processor(),
                 versions=versions("torch", "transformers", "peft"),
                 data="random rows, two thirds taught",
-                settings=asdict(case),
+                settings=settings,
                 seed=0,
             )
             keep(line, "memory")
-            print(f"{number:2} {line['values']['error']:+.1%}  {case}", flush=True)
+            print(f"{number:2} {line['values']['error']:+.1%}  {settings}", flush=True)
 
 
 def _processor() -> str:
@@ -352,18 +370,22 @@ def _processor() -> str:
     return "cpu, " + next((x.split(":", 1)[1].strip() for x in lines if x.startswith("model name")), platform.machine())
 
 
-def table() -> None:
-    """Of the newest line of each configuration: both figures are of the commit that it names."""
-    done = known()
+def predicted_and_measured(more_steps: int = 0) -> dict[int, tuple[int, int]]:
+    """{number of a configuration: bytes by the ledger as it is now, bytes of its newest line}."""
+    done, found = known(), {}
+    for number, case in enumerate(CASES):
+        line = done.get(json.dumps(settings_of_case(case, more_steps), sort_keys=True))
+        if line is not None:
+            found[number] = growth(setup_of_case(case, more_steps)).bytes, line["values"]["measured"]
+    return found
+
+
+def table(more_steps: int = 0) -> None:
     print("| | half | model | dtype | length | tokens | recomputed | chunk | r | predicted GB | measured GB | error |")
     print("|---|---|---|---|---|---|---|---|---|---|---|---|")
     errors: dict[str, list[float]] = {"fitted": [], "tested": []}
-    for number, case in enumerate(CASES):
-        line = done.get(json.dumps(asdict(case), sort_keys=True))
-        if line is None:
-            continue
-        predicted, measured = line["values"]["predicted"], line["values"]["measured"]
-        half, error = "tested" if number % 2 else "fitted", predicted / measured - 1
+    for number, (predicted, measured) in predicted_and_measured(more_steps).items():
+        case, half, error = CASES[number], "tested" if number % 2 else "fitted", predicted / measured - 1
         if predicted >= 500e6:
             errors[half].append(error)
         print(
@@ -380,6 +402,7 @@ def table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of CASES; all of them where none is named")
+    parser.add_argument("--keeps-freed", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--card-child", choices=tuple(ON_A_CARD))
@@ -392,9 +415,13 @@ def main() -> None:
     if asked.device == "cuda":
         run_on_a_card()
         return
-    if not asked.table:
-        run(asked.cases or range(len(CASES)))
-    table()
+    if asked.table:
+        table()
+        table(MORE_STEPS)
+        return
+    more_steps = MORE_STEPS if asked.keeps_freed else 0
+    run(asked.cases or (KEEPS_FREED if more_steps else range(len(CASES))), more_steps)
+    table(more_steps)
 
 
 if __name__ == "__main__":

@@ -295,6 +295,34 @@ def test_rows_of_all_phases_are_named_once():
         assert len(names) == len(set(names))
 
 
+def test_gradients_lie_beside_the_forward_where_a_step_has_several_micro_batches():
+    several = Setup(SHAPES["Qwen-7B"], r=64, max_tokens=1024, step_tokens=8192)
+    alone = replace(several, step_tokens=1024)
+
+    def rows(setup: Setup, name: str) -> dict[str, int]:
+        return {row.name: row.bytes for row in {p.name: p for p in phases(setup)}[name].rows}
+
+    for moment in ("forward", "backward"):
+        assert rows(several, moment)["LoRA gradients"] == 4 * several.shape.lora_parameters(64)
+        assert "LoRA gradients" not in rows(alone, moment)
+    for setup in (several, alone):
+        assert "LoRA gradients" in rows(setup, "optimizer")
+    assert peak(alone).bytes < peak(several).bytes
+    config = replace(SEED, train=replace(SEED.train, max_tokens=16 * 512))
+    whole_step = planning.setup_of(config, SHAPES["Qwen-7B"], on_gpu=True)
+    assert not whole_step.accumulates
+    assert replace(whole_step, max_tokens=1024).accumulates  # as the solver cuts it
+
+
+def test_recomputed_layers_come_when_the_others_are_gone():
+    setup = Setup(SHAPES["Qwen3-8B"], checkpoint_layers=4, max_tokens=1024, longest_row=512)
+    by_name = {p.name: {row.name: row.bytes for row in p.rows} for p in phases(setup)}
+    assert "activations: layers" not in by_name["recomputed"]
+    assert "activations: the layer that is recomputed" not in by_name["backward"]
+    assert by_name["recomputed"]["activations: inputs of recomputed layers"] == 3 * 1024 * 4096 * 2
+    assert not any(row.name.startswith("activations") for row in phases(replace(setup, checkpoint_layers=0))[4].rows)
+
+
 # ---- the ledger against what autograd keeps --------------------------------------------------------------------------
 
 KINDS = {

@@ -24,7 +24,7 @@ from ..messages import say
 from ..models.sizes import Shape, shape_of
 from .commit import write_file
 from .ledger import CUDA_CONTEXT, Row, Setup, growth, peak, phases
-from .memory import forget_peak, memory_now, peak_memory_bytes
+from .memory import forget_peak, memory_now, peak_memory_bytes, trim_heap
 from .plan import (
     HEAD_CHUNK,
     MAX_TOKENS,
@@ -160,6 +160,8 @@ class Readings:
 
     @classmethod
     def begin(cls, device: torch.device) -> Readings:
+        if device.type == "cpu":
+            trim_heap()
         level = memory_now(device)
         return cls(device, level, forget_peak(device))
 
@@ -182,6 +184,7 @@ def setup_of_pack(config: Config, shape: Shape, pack: Pack, dtype: str, device: 
         setup,
         dtype=dtype,
         max_tokens=pack.tokens,
+        step_tokens=None if setup.accumulates else pack.tokens,
         longest_row=int(pack.position_ids.max()) + 1,
         mean_row=sum(n * n for n in pack.row_lengths) / pack.tokens,
         supervised=pack.supervised_tokens / pack.tokens,

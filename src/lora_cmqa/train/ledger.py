@@ -3,6 +3,7 @@
     load        the base arrives
     forward     all that the backward needs is kept, and the head works on a chunk of rows
     backward    layer by layer, last first: a layer's gradients beside what the layers before it still keep
+    recomputed  the first layers' turn, where they are made again: by then the others' activations are gone
     last attention   on a CPU: the first attention on the way back takes most where rows are attended by products
     optimizer   gradients of all that is trained, both moments, one pass (fused AdamW makes no temporary)
     evaluation  no gradient, nothing kept
@@ -50,9 +51,8 @@ CPU_LIBRARIES = 500 * 2**20
 # their gradient, and the product that torch's vecdot writes out; 4 bytes need no copy). Measured on one layer alone.
 PRODUCTS_BACKWARD = {2: 12, 4: 8, 8: 16}
 # What oneDNN keeps of a product of each shape after its first run (kernels and scratch), and the heap of what is
-# smaller than the blocks that are handed back. 16 bits: three layers alone kept 26 and 39 MB; float32: the median of
-# what was left over on the even half of benchmarks/memory.py.
-CPU_SCRATCH = {2: 40 * 2**20, 4: 20 * 2**20, 8: 20 * 2**20}
+# smaller than the blocks that are handed back: median of what was left over on the even half of benchmarks/memory.py.
+CPU_SCRATCH = {2: 96 * 2**20, 4: 48 * 2**20, 8: 48 * 2**20}
 GLIBC_KEEPS = {2: 1.05, 4: 0.35, 8: 0.35}
 
 
@@ -87,6 +87,7 @@ class Setup:
     trained_whole: int = 0  # parameters of modules_to_save
     trained_tokens: int = 0  # whose rows of embedding and head are trained
     max_tokens: int = 2048  # of a micro-batch
+    step_tokens: int | None = None  # that an optimizer step holds at most; None: more than one micro-batch
     longest_row: int = 512
     mean_row: float | None = None  # of the rows, each counted as often as it has tokens
     supervised: float = 1.0  # share of a micro-batch's tokens that are taught
@@ -103,6 +104,11 @@ class Setup:
     def tokens(self) -> int:
         """Of the largest micro-batch: a row longer than max_tokens stands alone."""
         return max(self.max_tokens, self.longest_row)
+
+    @property
+    def accumulates(self) -> bool:
+        """A step has several micro-batches: the gradients of one lie beside the forward of the next."""
+        return self.step_tokens is None or self.step_tokens > self.tokens
 
     @property
     def row_seen(self) -> float:
@@ -314,17 +320,13 @@ def phases(setup: Setup, *, first_step: bool = False) -> tuple[Phase, ...]:
         )
         return base + rows + _token_rows(setup)
 
+    before = have(gradients=setup.accumulates)  # a step's first backward makes them
     moments = {
         "load": base + _largest_16_bit(setup),
-        "forward": (*have(gradients=True), *kept(setup), last_layer_keeps(setup), *head(setup)),
-        "backward": (
-            *have(gradients=True),
-            *kept(setup),
-            *_recomputed(setup),
-            layer_backward(setup),
-            *dequantised(setup),
-        ),
-        "last attention": (*have(gradients=True), *kept(setup), *last_attention_backward(setup)),
+        "forward": (*before, *kept(setup), last_layer_keeps(setup), *head(setup)),
+        "backward": (*before, *kept(setup), layer_backward(setup), *dequantised(setup)),
+        "last attention": (*before, *kept(setup), *last_attention_backward(setup)),
+        "recomputed": (*have(gradients=True), *_recomputed(setup)),
         "optimizer": have(gradients=True, moments=True),
         "evaluation": (*have(gradients=False), layer_forward(setup), *head(setup), *dequantised(setup)),
     }
@@ -346,11 +348,18 @@ def merge_rows(shape: Shape) -> tuple[Row, ...]:
 
 
 def _recomputed(setup: Setup) -> tuple[Row, ...]:
-    """The one layer whose activations are made again."""
+    """The last of the layers that are made again, on its way back: of the layers after it only gradients are left."""
     if not setup.checkpoint_layers:
         return ()
-    each = layer_keeps(setup)
-    return (Row("activations: the layer that is recomputed", round(setup.tokens * each) + scaled_a(setup)),)
+    s, layers = setup.shape, min(setup.checkpoint_layers, setup.shape.layers)
+    again = round(setup.tokens * layer_keeps(setup)) + scaled_a(setup)
+    inputs = (layers - 1) * setup.tokens * s.hidden * setup.value_bytes  # its own is among what it keeps
+    return (
+        Row("activations: inputs of recomputed layers", inputs),
+        Row("activations: the layer that is recomputed", again),
+        layer_backward(setup),
+        *dequantised(setup),
+    )
 
 
 def _largest_16_bit(setup: Setup) -> tuple[Row, ...]:

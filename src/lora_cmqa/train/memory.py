@@ -44,6 +44,16 @@ def give_back_what_is_freed() -> None:
             ctypes.CDLL(None).mallopt(-3, _MMAP_THRESHOLD)  # M_MMAP_THRESHOLD of malloc.h
 
 
+def trim_heap() -> None:
+    """What lies free in the heap goes back to the system now, so that the level noted next holds none of it (glibc).
+
+    Reading a tokenizer leaves some 100 MB there; steps after it fill them first and seem to grow that much less.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)
+
+
 def read_mapped_weights(model: torch.nn.Module) -> None:
     """Touch every page of the weights, so that the level noted next holds all of them.
 

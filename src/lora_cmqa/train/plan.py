@@ -130,6 +130,7 @@ def setup_of(config: Config, shape: Shape, *, on_gpu: bool, supervised: float = 
         trained_whole=_trained_whole(config.lora.modules_to_save, shape),
         trained_tokens=len(TURN_TOKENS if "auto" in config.lora.trainable_tokens else config.lora.trainable_tokens),
         max_tokens=min(max_tokens, step),
+        step_tokens=step,
         longest_row=longest,
         supervised=supervised,
         checkpoint_layers=min(layers, shape.layers),
