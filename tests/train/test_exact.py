@@ -185,21 +185,24 @@ def test_case_40_a_second_signal_inside_the_save_is_harmless(seven, tmp_path, to
     assert outcome(train(seven())) == to_the_end
 
 
-def test_case_40_a_signal_during_the_evaluation_does_not_wait_for_its_end(seven, tmp_path, to_the_end, monkeypatch):
+@pytest.mark.parametrize(("at", "steps"), [(1, [1]), (2, [1, 0]), (3, [1, 0, 2])])
+def test_case_40_a_signal_during_the_evaluation_does_not_wait_for_its_end(
+    seven, tmp_path, to_the_end, monkeypatch, at, steps
+):
+    """Two dev packs: it comes with the first or the last of the base's evaluation, or with the first of step 2's."""
     real, calls = loop.token_losses, []
 
     def signalled(*args, **kwargs):
         calls.append(1)
-        if len(calls) == packs + 1:  # the first pack of the evaluation after step 2
+        if len(calls) == at:
             os.kill(os.getpid(), signal.SIGTERM)
         return real(*args, **kwargs)
 
-    packs = 2
     monkeypatch.setattr(loop, "token_losses", signalled)
     with pytest.raises(Interrupted):
         train(seven())
-    assert len(calls) == packs + 1
-    assert [line["step"] for line in without_time(tmp_path / "run")] == [0, 1, 2]  # no dev line of step 2 yet
+    assert len(calls) == at
+    assert [line["step"] for line in without_time(tmp_path / "run")] == steps  # the line that was due is not there yet
     assert outcome(train(seven())) == to_the_end
 
 
@@ -279,6 +282,7 @@ def out_of_memory_in(monkeypatch, step_: int) -> None:
         return real_losses(*args, **kwargs)
 
     failed: list[bool] = []
+    monkeypatch.setattr(loop, "has_ample_memory", lambda *_: False)
     monkeypatch.setattr(step, "backward", watched)
     monkeypatch.setattr(step, "pack_losses", losses)
 

@@ -168,16 +168,51 @@ def test_settings_left_open_are_those_that_were_chosen(settings, free):
 # ---- the fullest micro-batch -----------------------------------------------------------------------------------------
 
 
-def test_predicted_and_measured_are_stored_and_said_once(settings, free, capsys, monkeypatch):
-    free(16 * 2**30)
+@pytest.fixture
+def little_memory(free, settings):
+    """Enough for the plan, not twice as much: the fullest micro-batch is tried."""
+    fullest = planning.plan(settings())["predicted_peak_bytes"]
+    free(round(1.5 * fullest / (1 - planning.MARGIN)))
+
+
+def heavier_packs(monkeypatch) -> list[Pack]:
+    """Each pack takes 64 MiB more (what the tiny model takes lies in the heap); the packs in their order."""
     seen: list[Pack] = []
     real = step.pack_losses
 
     def heavier(model, p, **more):
         seen.append(p)
-        return real(model, p, **more) + torch.ones(MIB * 16).sum() * 0  # 64 MiB: the tiny model's own lie in the heap
+        return real(model, p, **more) + torch.ones(MIB * 16).sum() * 0
 
     monkeypatch.setattr(step, "pack_losses", heavier)
+    return seen
+
+
+@pytest.mark.parametrize(("times", "tried"), [(1.5, True), (3, False)])
+def test_the_fullest_is_tried_where_the_memory_is_not_ample(settings, free, monkeypatch, times, tried):
+    fullest = planning.plan(settings())["predicted_peak_bytes"]
+    free(round(times * fullest / (1 - planning.MARGIN)))
+    steps, real = [], step.backward
+
+    def seen(model, batch, *args):
+        steps.append(batch.step)
+        return real(model, batch, *args)
+
+    monkeypatch.setattr(step, "backward", seen)
+    loop.train(settings(max_steps=2))
+    assert steps == ([0, 1, 2] if tried else [1, 2])
+
+
+def test_without_a_trial_the_fullest_pack_of_the_first_step_is_compared(settings, free, monkeypatch):
+    free(16 * 2**30)
+    seen = heavier_packs(monkeypatch)
+    folder = loop.train(settings(max_steps=1, per_device_train_batch_size=8))
+    assert len(seen) > 1
+    assert memory_json(folder)["first_step"]["tokens"] == max(p.tokens for p in seen)
+
+
+def test_predicted_and_measured_are_stored_and_said_once(settings, little_memory, capsys, monkeypatch):
+    seen = heavier_packs(monkeypatch)
     config = settings(max_steps=2)
     folder = loop.train(config)
     assert seen[0].tokens == max(p.tokens for p in seen)  # the fullest comes first
@@ -191,8 +226,7 @@ def test_predicted_and_measured_are_stored_and_said_once(settings, free, capsys,
     assert found["row"]  # the ledger knows nothing of those 64 MiB
 
 
-def test_out_of_memory_in_the_fullest_one_is_cut_before_the_first_step(settings, free, monkeypatch):
-    free(16 * 2**30)
+def test_out_of_memory_in_the_fullest_one_is_cut_before_the_first_step(settings, little_memory, monkeypatch):
     calls, real = [], step.pack_losses
 
     def once(*args, **kwargs):

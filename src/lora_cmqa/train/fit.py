@@ -2,6 +2,7 @@
 
     free memory + settings -> plan.choose -> memory.json -> settings with nothing left open
     the fullest micro-batch, its gradient thrown away -> first step -> predicted beside measured -> memory.json
+    (on a CPU with ample memory that trial would only delay the first step, and the step alone is compared)
 
 A step is a set of rows, so no choice changes a gradient; but sums are rounded in another order, so a resume takes what
 memory.json says and chooses nothing.
@@ -39,6 +40,7 @@ from .plan import (
 )
 
 FILE = "memory.json"
+_AMPLE = 2
 _OFF = 0.1  # further off, the row that is off most is named
 
 
@@ -147,13 +149,13 @@ def _memory(config: Config, device: torch.device) -> Memory:
 
 @dataclass
 class Readings:
-    """Bytes above the level after loading: `kept` while the backward of the fullest micro-batch was about to begin,
-    `peak` until the first step was done, `after` it."""
+    """Bytes above the level after loading: `kept` while the backward of the fullest micro-batch so far was about to
+    begin, `peak` until the first step was done, `after` it."""
 
     device: torch.device
     level: int
     resets: bool  # where not, a peak before the level hides a lower one after it
-    pack: Pack | None = None  # the fullest micro-batch
+    pack: Pack | None = None  # the fullest micro-batch so far
     kept: int = 0
     peak: int = 0
     after: int = 0
@@ -165,15 +167,17 @@ class Readings:
         level = memory_now(device)
         return cls(device, level, forget_peak(device))
 
-    def forward_is_done(self) -> None:
-        self.kept = max(self.kept, memory_now(self.device) - self.level)
+    def forward_is_done(self, pack: Pack) -> None:
+        if self.pack is None or pack.tokens > self.pack.tokens:
+            self.pack, self.kept = pack, memory_now(self.device) - self.level
 
     def note_peak(self) -> None:
         self.peak = max(self.peak, peak_memory_bytes(self.device) - self.level)
         self.after = memory_now(self.device) - self.level
 
-    def forget_peak(self) -> None:
-        """What lies between two notes (an evaluation, a micro-batch that was too large) does not count."""
+    def start_over(self) -> None:
+        """A micro-batch was too large: neither it nor what was smaller counts."""
+        self.pack, self.kept = None, 0
         self.resets = forget_peak(self.device) and self.resets
 
 
@@ -260,6 +264,15 @@ def checked(config: Config, folder: Path, dtype: str, readings: Readings) -> str
 
 def was_checked(folder: Path) -> bool:
     return "first_step" in _read(folder / FILE)
+
+
+def has_ample_memory(folder: Path, device: torch.device) -> bool:
+    """Whether a CPU has twice what the plan needs. A GPU's memory is what the plan fills, so there it is always tried
+    before it is believed."""
+    record = _read(folder / FILE)
+    if device.type == "cuda" or "memory" not in record:
+        return False
+    return bool(_AMPLE * record["predicted_peak_bytes"] <= record["memory"]["bytes"])
 
 
 # ---- memory.json -----------------------------------------------------------------------------------------------------

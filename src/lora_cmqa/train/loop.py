@@ -4,7 +4,8 @@ rows -> tokens -> stream of batches -> [ step -> metrics line -> dev loss -> che
 
 The run folder is complete in itself; running the same command again resumes it, and a finished run is left as it is.
 After each step, in this order: the step's line, the dev loss when it is due, the checkpoint when it is due, and only
-then a signal is obeyed. A checkpoint knows whether its step was evaluated, so a resume repeats nothing and skips
+then a signal is obeyed. The base's own dev loss (step 0) is taken with the adapter off after the first step, so that
+nobody waits for it to see a run begin. A checkpoint knows what was evaluated, so a resume repeats nothing and skips
 nothing.
 """
 
@@ -49,7 +50,7 @@ from .checkpoint import BEST, load_checkpoint, newest_whole, restore_rng_state, 
 from .commit import check_space, disk_errors, remove_leftovers, write_file
 from .deterministic import deterministic_kernels
 from .dev_ranking import DevRanking, dev_ranking
-from .fit import Readings, checked, fitted, was_checked
+from .fit import Readings, checked, fitted, has_ample_memory, was_checked
 from .memory import memory_limit, peak_memory_bytes, read_mapped_weights
 from .model_card import model_card
 from .optim import Schedule, adamw, warmup_steps_of
@@ -131,13 +132,14 @@ def train_steps(
     head_chunk: int = CHUNK,
     on_bad_step: Callable[[Batch, StepResult], None] | None = None,
     on_recut: Callable[[int, int], None] | None = None,
+    after_forward: Callable[[Pack], None] = lambda _: None,
 ) -> Iterator[StepMetrics]:
     """Train what requires a gradient in `model` on the batches of `stream`; yields after each optimizer step.
 
     Between two steps the caller may evaluate, save (`stream.state` is the place) or stop.
     A step whose loss or gradient is not finite changes nothing; `on_bad_step` hears of it before it is yielded.
     When the memory runs out, `stream.cuts` has one more for good; `on_recut(step, max_tokens)` hears of it, then the
-    step goes on. Raises ResourceError when single rows do not fit.
+    step goes on. Raises ResourceError when single rows do not fit. `after_forward` hears of each pack (step.py).
     """
     device = next(model.parameters()).device
     for batch, _ in stream:
@@ -153,7 +155,14 @@ def train_steps(
             return cut[-1]
 
         result = train_step(
-            model, batch, optimizer, learning_rate=rate, max_grad_norm=max_grad_norm, head_chunk=head_chunk, recut=recut
+            model,
+            batch,
+            optimizer,
+            learning_rate=rate,
+            max_grad_norm=max_grad_norm,
+            head_chunk=head_chunk,
+            recut=recut,
+            after_forward=after_forward,
         )
         if not result.is_finite and on_bad_step is not None:
             on_bad_step(batch, result)
@@ -214,7 +223,7 @@ class _Run:
     best_step: int | None = None
     best_score: float = math.inf  # the lower the better: dev loss, or MRR with its sign turned
     since_best: int = 0  # evaluations
-    evaluated_step: int = -1
+    evaluated_step: int = -1  # the last; 0 is the base
     bad_in_a_row: int = 0
     tokens: int = 0
     rng: dict[str, str | None] | None = None  # of the checkpoint that is resumed
@@ -245,19 +254,19 @@ class _Run:
         if self.rng is None:
             torch.manual_seed(self.config.train.seed)  # the GPUs' too
         else:
-            restore_rng_state(self.rng, next(self.model.parameters()).device)
+            restore_rng_state(self.rng, self.device)
 
     def _steps(self) -> None:
         if self.step == 0 and not was_checked(self.folder):
-            self._try_the_fullest()
-        if self._evaluation_due():  # before the first step; or a signal came before it could be made
-            self._evaluate()
+            read_mapped_weights(self.model)
+            self.readings = Readings.begin(self.device)
+            if not has_ample_memory(self.folder, self.device):
+                self._try_the_fullest(self.readings)
+        self._evaluate_what_is_due()  # a signal may have come before it could be made
         self._obey_signal()
         t = self.config.train
         if self._has_stalled():  # stopped early, and killed before the end was written
             return
-        if self.readings is not None:
-            self.readings.forget_peak()
         for m in train_steps(
             self.model,
             self.stream,
@@ -267,6 +276,7 @@ class _Run:
             head_chunk=t.head_chunk or CHUNK,
             on_bad_step=self._bad_step,
             on_recut=self._recut,
+            after_forward=lambda p: self.readings.forward_is_done(p) if self.readings is not None else None,
         ):
             self.step, self.epoch = m.step, m.epoch
             self._compare_memory()
@@ -279,8 +289,7 @@ class _Run:
                 self.progress.print(say("train.loss_spike", step=m.step, loss=f"{m.loss:.4f}", usual=f"{usual:.4f}"))
             if self.board is not None and m.step % t.logging_steps == 0:
                 self.board.write(m)
-            if self._evaluation_due():
-                self._evaluate()
+            self._evaluate_what_is_due()
             if self._is_due(t.save_steps) or self.signals.received or self._has_stalled():
                 self._save()
             if self._has_stalled():
@@ -289,28 +298,20 @@ class _Run:
                 return
             self._obey_signal()
 
-    def _try_the_fullest(self) -> None:
+    def _try_the_fullest(self, readings: Readings) -> None:
         """The run's fullest micro-batch, forward and backward, before all others: what does not fit is cut now, and
         memory is read. Its gradient is thrown away and the random state put back, so no result depends on it."""
-        read_mapped_weights(self.model)
         self.model.train()
-        device = next(self.model.parameters()).device
-        self.readings = readings = Readings.begin(device)
-
-        def fullest() -> Batch:
-            batch = self.stream.largest()
-            readings.pack = batch.packs[0]
-            return batch
 
         def recut(max_tokens: int) -> Batch:
             self.stream.cuts.append((1, max_tokens))
             self._recut(self.step, max_tokens)
-            readings.forget_peak()
-            return fullest()
+            return self.stream.largest()
 
-        chunk = self.config.train.head_chunk or CHUNK
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
-            backward_that_fits(self.model, fullest(), self.optimizer, chunk, recut, readings.forward_is_done)
+        chunk, cuda = self.config.train.head_chunk or CHUNK, self.device.type == "cuda"
+        with torch.random.fork_rng([self.device] if cuda else []):
+            fullest = self.stream.largest()
+            backward_that_fits(self.model, fullest, self.optimizer, chunk, recut, readings.forward_is_done)
         self.optimizer.zero_grad()
         readings.note_peak()
 
@@ -330,12 +331,17 @@ class _Run:
         interval = every or self.stream.steps_per_epoch
         return self.step == self.stream.total_steps or (self.step > 0 and self.step % interval == 0)
 
-    def _evaluation_due(self) -> bool:
-        """Also before the first step: the base's own loss is what the others are compared with."""
-        due = self.step == 0 or self._is_due(self.config.train.eval_steps)
-        return bool(self.dev_packs) and due and self.evaluated_step != self.step
+    def _evaluate_what_is_due(self) -> None:
+        """After the first step also the base alone: it is what all others are compared with."""
+        if not self.dev_packs or self.step == 0:
+            return
+        if self.evaluated_step < 0:
+            with self.model.disable_adapter():
+                self._evaluate(0, 0.0)
+        if self._is_due(self.config.train.eval_steps) and 0 <= self.evaluated_step < self.step:
+            self._evaluate(self.step, self.epoch)
 
-    def _evaluate(self) -> None:
+    def _evaluate(self, step: int, epoch: float) -> None:
         started = time.perf_counter()
         loss = dev_loss(self.model, self.dev_packs, stop=lambda: bool(self.signals.received))
         ranked: tuple[float | None, float | None] | None = (None, None)
@@ -343,20 +349,25 @@ class _Run:
             ranked = self.dev_ranking.measure(self.model, stop=lambda: bool(self.signals.received))
         if loss is None or ranked is None:  # the resumed run makes it first of all
             return
-        self.evaluated_step = self.step
+        self.evaluated_step = step
         tokens = sum(p.tokens for p in self.dev_packs)
-        spent = _time(started, tokens, next(self.model.parameters()).device)
-        m = DevMetrics(self.step, self.epoch, loss, tokens, spent, *ranked)
+        spent = _time(started, tokens, self.device)
+        m = DevMetrics(step, epoch, loss, tokens, spent, *ranked)
         score = loss if self._goes_by_loss else -(m.dev_mrr or 0.0)
-        is_best = self.step > 0 and score < self.best_score  # at step 0 the adapter does nothing yet
-        self.since_best = 0 if is_best or self.step == 0 else self.since_best + 1
+        is_best = step > 0 and score < self.best_score  # the base is no adapter
+        self.since_best = 0 if is_best or step == 0 else self.since_best + 1
         if is_best:
-            self.best_step, self.best_score = self.step, score
+            self.best_step, self.best_score = step, score
             write_adapter(self.folder, self._adapter_files())
         self.metrics.write(m)
         self.progress.dev(m, is_best)
         if self.board is not None:
             self.board.write(m)
+
+    @property
+    def device(self) -> torch.device:
+        where: torch.device = next(self.model.parameters()).device
+        return where
 
     @property
     def _goes_by_loss(self) -> bool:
@@ -386,6 +397,8 @@ class _Run:
     def _recut(self, step: int, max_tokens: int) -> None:
         """On the disk before the step goes on: a resume that makes it once more cuts it alike."""
         write_cuts(self.folder, self.stream.cuts)
+        if self.readings is not None:
+            self.readings.start_over()
         self.progress.print(say("train.recut", step=step, max_tokens=max_tokens))
 
     def _forget_cuts_of_a_step_not_made(self) -> None:

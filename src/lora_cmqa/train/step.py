@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..core import Batch
+from ..core import Batch, Pack
 from ..errors import ResourceError
 from ..kernels.head import CHUNK
 from ..lora.decoder import pack_losses
@@ -44,6 +44,7 @@ def train_step(
     max_grad_norm: float = 1.0,
     head_chunk: int = CHUNK,
     recut: Callable[[int], Batch] | None = None,
+    after_forward: Callable[[Pack], None] = lambda _: None,
 ) -> StepResult:
     """Update what is trained with the rows of `batch`.
 
@@ -51,10 +52,11 @@ def train_step(
     head_chunk  rows of logits held at once
     recut  `recut(max_tokens)` gives the rows of `batch` in packs of at most so many tokens; it is called when the
            memory runs out. Raises ResourceError when single rows do not fit either, or where there is no `recut`.
+    after_forward  as in `backward`
     """
     model.train()
     optimizer.zero_grad()
-    total = backward_that_fits(model, batch, optimizer, head_chunk, recut)
+    total = backward_that_fits(model, batch, optimizer, head_chunk, recut, after_forward)
     norm = clip_by_global_norm(lora_parameters(model), max_grad_norm)
     result = StepResult(loss=float(total) / batch.step_supervised_tokens, grad_norm=float(norm))
     if result.is_finite:
@@ -71,7 +73,7 @@ def backward_that_fits(
     optimizer: torch.optim.Optimizer,
     head_chunk: int,
     recut: Callable[[int], Batch] | None,
-    after_forward: Callable[[], None] = lambda: None,
+    after_forward: Callable[[Pack], None] = lambda _: None,
 ) -> torch.Tensor:
     """`backward`; where the memory runs out, from the beginning with the batch that `recut` gives (`train_step`)."""
     device = next(model.parameters()).device
@@ -100,16 +102,16 @@ def backward_that_fits(
 
 
 def backward(
-    model: Any, batch: Batch, head_chunk: int = CHUNK, after_forward: Callable[[], None] = lambda: None
+    model: Any, batch: Batch, head_chunk: int = CHUNK, after_forward: Callable[[Pack], None] = lambda _: None
 ) -> torch.Tensor:
     """Add the gradient of the step's loss to `.grad`; the sum of this rank's token losses, float64, 0-dim.
 
-    `after_forward` is called for each pack while all that its backward needs is kept.
+    `after_forward` is called with each pack while all that its backward needs is kept.
     """
     total = torch.zeros((), dtype=torch.float64)
     for pack in batch.packs:
         losses = pack_losses(model, pack, chunk=head_chunk)
-        after_forward()
+        after_forward(pack)
         (losses.sum() / batch.step_supervised_tokens).backward()
         total = total.to(losses.device) + losses.detach().double().sum()
     return total
