@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.head import shaped_logits
+from ..kernels.packed import Packed, can_pack, packed
 from ..kernels.quantized import Frozen, product
 from ..kernels.table import gated
 from ..lora.decoder import Table, logit_shape, normed, rotary_tables, turned_heads
@@ -35,6 +36,7 @@ MOST_ROWS = 32  # of one decode forward
 CHUNK = 64  # tokens of one prefill forward
 _TILE = 8  # rows are padded to a multiple of it
 _SPAN = 64  # the cached positions read in a step are rounded up to a multiple of it
+_PACKED_BYTES = 1 << 30  # a base up to this size is kept a second time, packed (docs/decisions/0013)
 
 
 class Row(NamedTuple):
@@ -82,10 +84,12 @@ class Head:
 
     def __init__(self, causal: Any) -> None:
         self.module = causal.get_output_embeddings()
+        self.packed: Packed | None = None
         self._shape = logit_shape(causal.config)
 
     def __call__(self, hidden: torch.Tensor) -> torch.Tensor:
-        return shaped_logits(self.module(hidden.contiguous()), **self._shape)
+        product = self.packed.product if self.packed is not None else self.module
+        return shaped_logits(product(hidden.contiguous()), **self._shape)
 
 
 @dataclass(slots=True)
@@ -137,13 +141,23 @@ class BatchForward:
         self._reserved: dict[int, int] = {}
         self._stacks: dict[int, Stack] = {}
         self._widths = {(i, name): _outputs(block, name) for i, block in enumerate(self.body.blocks) for name in JOINED}
-        projections = {
-            (len(p.weight), p.weight.shape[1]): p.weight
-            for b in self.body.blocks
-            for p in (b.qkv, b.out, b.gate_up, b.down)
+        self._weights: dict[Key, Frozen | Packed] = {
+            (i, name): getattr(block, name).weight for i, block in enumerate(self.body.blocks) for name in JOINED
         }
-        self.least_rows = steady_rows([*projections.values(), self.head.module.weight], MOST_ROWS)
+        self._pack()
+        shapes = {(len(w), w.shape[1]): w for w in self._weights.values()}
+        self.least_rows = steady_rows([*shapes.values(), self.head.packed or self.head.module.weight], MOST_ROWS)
         self._least_of_rank: dict[int, int] = {}
+
+    def _pack(self) -> None:
+        """Each weight packed, where this machine has products for it and all of them are small enough for a copy."""
+        every = [*self._weights.values(), self.head.module.weight]
+        tensors = [w for w in every if isinstance(w, torch.Tensor)]
+        size = sum(w.numel() * w.element_size() for w in tensors)
+        if len(tensors) < len(every) or size > _PACKED_BYTES or not can_pack(self.device, self.dtype):
+            return
+        self._weights |= {k: packed(w) or w for k, w in self._weights.items() if isinstance(w, torch.Tensor)}
+        self.head.packed = None if self.head.module.bias is not None else packed(self.head.module.weight)
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
@@ -293,9 +307,8 @@ class BatchForward:
             masks[window] = self._added(seen)
         return masks
 
-    @staticmethod
-    def _project(x: torch.Tensor, projection: Projection, adapter: Prepared | None, key: Key) -> torch.Tensor:
-        y = product(x, projection.weight, projection.bias)
+    def _project(self, x: torch.Tensor, projection: Projection, adapter: Prepared | None, key: Key) -> torch.Tensor:
+        y = _times(x, self._weights[key], projection.bias)
         if adapter is not None and key in adapter.parts:
             a, bs = adapter.parts[key]
             for mine, small, b in _by_module(y, x @ a.t(), bs):
@@ -370,10 +383,9 @@ class BatchForward:
         )
         return seen.reshape(used, -1)[step.slot_of_row]
 
-    @staticmethod
-    def _stacked(x: torch.Tensor, projection: Projection, step: _Step, key: Key) -> torch.Tensor:
+    def _stacked(self, x: torch.Tensor, projection: Projection, step: _Step, key: Key) -> torch.Tensor:
         """The base's product for all rows, then each rank's adapters added to their own rows."""
-        y = product(x, projection.weight, projection.bias)
+        y = _times(x, self._weights[key], projection.bias)
         for group in step.groups:
             if not group.stack.changes(key):
                 continue
@@ -400,6 +412,10 @@ class BatchForward:
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _times(x: torch.Tensor, weight: Frozen | Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    return weight.product(x, bias) if isinstance(weight, Packed) else product(x, weight, bias)
 
 
 def _by_module(
@@ -432,15 +448,16 @@ def _padded(count: int, multiple: int) -> int:
 # ---- rounding ------------------------------------------------------------------------------------------------------
 
 
-def steady_rows(weights: Sequence[Frozen], most: int) -> int:
+def steady_rows(weights: Sequence[Frozen | Packed], most: int) -> int:
     """The fewest rows, a multiple of 8, to which steps must be padded for a row's product with each of `weights`
     [out, in] to have the same bits whatever else is in the step, for up to `most` rows.
 
     Libraries cut a product into blocks by its size: here fp32 with 8 rows rounds otherwise than with 16, and bf16
     with 8 to 32 rows all alike (docs/decisions/0007).
     """
-    like = next(w for w in weights if isinstance(w, torch.Tensor))
-    products = [(lambda x, w=w: product(x, w, None), w.shape[1], like) for w in weights]
+    packs = torch.empty(0, dtype=torch.bfloat16)
+    like = next((w for w in weights if isinstance(w, torch.Tensor)), packs)
+    products = [(lambda x, w=w: _times(x, w, None), w.shape[1], like) for w in weights]
     return _steady(products, list(range(_TILE, most + 1, _TILE)))
 
 
