@@ -7,9 +7,10 @@ from lora_cmqa.data.template import ChatTemplate
 from lora_cmqa.engine.base import RUN_ADAPTER, Request
 from lora_cmqa.engine.chat import Chat, converse, print_side_by_side
 from lora_cmqa.engine.embedded import EmbeddedEngine
-from lora_cmqa.engine.run import OpenRun
+from lora_cmqa.engine.run import OpenRun, open_run
 from lora_cmqa.engine.sampling import SamplingParams, next_token
 from lora_cmqa.errors import ConfigError, RunError
+from lora_cmqa.kernels.table import rms_norm
 from lora_cmqa.lora.inject import inject_lora, lora_parameters
 from lora_cmqa.models.load import load_model
 
@@ -38,6 +39,20 @@ def test_greedy_equals_transformers_generate(kind):
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=10, do_sample=False, eos_token_id=258
         )[0, len(prompt) :].tolist()
         assert list(completion.token_ids) == [t for t in theirs if t != 258]
+
+
+def test_a_wrong_kernel_is_found_before_an_answer_is_given(monkeypatch, capsys):
+    def answers():
+        run = open_run("tiny", dtype="float32", device="cpu")
+        engine = EmbeddedEngine(run.model, run.tokenizer, stop_ids=())
+        return [c.token_ids for c in engine.generate([Request(p, GREEDY) for p in PROMPTS])]
+
+    right, fast = answers(), rms_norm.fast
+    assert "rms_norm" not in capsys.readouterr().err
+    monkeypatch.setattr(rms_norm, "plain", False)
+    monkeypatch.setattr(rms_norm, "fast", lambda *args, **kwargs: fast(*args, **kwargs).flip(-1))
+    assert answers() == right
+    assert "rms_norm" in capsys.readouterr().err
 
 
 def test_base_rows_are_the_base_bit_for_bit():

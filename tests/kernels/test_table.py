@@ -122,8 +122,5 @@ def test_a_run_says_which_kernel_it_replaced_and_trains_the_same(tmp_path, monke
     monkeypatch.setattr(table.rms_norm, "fast", lambda *args, **kwargs: right(*args, **kwargs) * 2)
     assert losses("broken") == pytest.approx(whole, rel=1e-5)
     said = capsys.readouterr().err
-    assert (
-        say("train.plain_kernel", kernel="rms_norm", found="@", device="cpu", dtype="torch.float32").split("@")[0]
-        in said
-    )
+    assert say("kernels.plain", kernel="rms_norm", found="@", device="cpu", dtype="torch.float32").split("@")[0] in said
     assert "rotate" not in said

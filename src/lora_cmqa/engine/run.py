@@ -9,9 +9,11 @@ from typing import Any
 
 from ..data.template import ChatTemplate
 from ..errors import AdapterError, RunError
+from ..kernels.table import check_kernels, say_plain_kernels
 from ..lora.adapter import load_adapter, read_adapter_config
 from ..lora.fingerprint import check_fingerprint, fingerprinted, kept_layers, trained_quantization
 from ..models.load import load_model
+from ..models.quantized import quantization_of
 
 GENERATION = "generation_config.json"
 
@@ -63,11 +65,20 @@ def open_run(
             check_fingerprint(source, name)
         kept, kind = kept or kept_layers(folder), kind or trained_quantization(folder)
     model, tokenizer = load_model(name, dtype=dtype, device=device, num_hidden_layers=kept, quantization=kind or "none")
+    check_kernels_of(model)
     if has_adapter:
         model = load_adapter(model, folder)
     model.eval()
     template = ChatTemplate.from_tokenizer(tokenizer, _chat_template(folder) if has_adapter else None)
     return OpenRun(model, tokenizer, template, _stop_ids(folder, template), folder, str(name), has_adapter)
+
+
+def check_kernels_of(model: Any) -> None:
+    """Compare the fast functions with their plain twins where `model` stands; what differs is replaced, and said."""
+    weights = next(model.parameters())
+    say_plain_kernels(
+        check_kernels(weights.device, weights.dtype, quantization_of(model)), weights.device, weights.dtype
+    )
 
 
 def _chat_template(folder: Path) -> str | None:

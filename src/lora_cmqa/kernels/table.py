@@ -5,16 +5,19 @@
        packed_attention  nan          its plain twin is called from now on; the caller says so by name
 
 A kernel that is right on one machine may be wrong on another (a driver, a build of torch, a processor's own library);
-a wrong one would train in silence. So a run asks once, before its first step, on its own device and dtype.
+a wrong one would train, score and answer in silence. So whoever opens a base asks once (0.4 s), on its own device and
+dtype, before the first step or answer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import sys
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
+from ..messages import say
 from . import attention, head, lora_linear, mlp, norm, quantized, rope
 from .kernel import Kernel
 
@@ -49,6 +52,12 @@ def check_kernels(
         if reason is not None:
             found[kernel.name] = reason
     return found
+
+
+def say_plain_kernels(found: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> None:
+    """What `check_kernels` has found, for people."""
+    for kernel, reason in found.items():
+        print(say("kernels.plain", kernel=kernel, found=reason, device=device, dtype=dtype), file=sys.stderr)
 
 
 def _differs(kernel: Kernel[Any], device: torch.device, dtype: torch.dtype) -> str | None:

@@ -20,7 +20,7 @@ import uvicorn
 
 from ..data.template import ChatTemplate
 from ..engine.embedded import EmbeddedEngine
-from ..engine.run import stored_stop_ids
+from ..engine.run import check_kernels_of, stored_stop_ids
 from ..errors import ConfigError, ModelError
 from ..lora.adapter import CONFIG, read_adapter_config
 from ..messages import say
@@ -129,6 +129,7 @@ def open_service(
     there = layers_of(folder)
     layers = check_layers(num_hidden_layers or _depth_of(root, base), there)
     loaded, tokenizer = load_model(name, dtype=dtype, device=device, num_hidden_layers=layers)
+    check_kernels_of(loaded)
     template = ChatTemplate.from_tokenizer(tokenizer)
     engine = EmbeddedEngine(
         loaded,

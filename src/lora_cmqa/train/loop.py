@@ -35,7 +35,7 @@ from ..data.token_cache import encode_cached
 from ..errors import ConfigError, DataError, Interrupted, ResourceError, RunError
 from ..kernels.compiled import bound_compiled_products
 from ..kernels.head import CHUNK
-from ..kernels.table import check_kernels
+from ..kernels.table import check_kernels, say_plain_kernels
 from ..lora.adapter import WEIGHTS, adapter_files
 from ..lora.decoder import checkpoint_activations, token_losses, why_plain
 from ..lora.fingerprint import FILE as FINGERPRINT
@@ -566,8 +566,7 @@ def _start(config: Config, folder: Path) -> _Run:
     plain = check_kernels(device, dtype, m.quantization, plain=stored_plain_kernels(folder))
     now = environment(device, dtype, m.quantization) | {"plain_kernels": sorted(plain)}
     same_environment(folder, now, anyway=t.resume == "anyway")
-    for kernel, found in plain.items():
-        _tell(say("train.plain_kernel", kernel=kernel, found=found, device=device, dtype=dtype))
+    say_plain_kernels(plain, device, dtype)
     train_examples, dev_examples = _read_rows(config)
     config, told = fitted(config, folder, device, train_examples)
     if told:
