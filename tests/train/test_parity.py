@@ -1,0 +1,51 @@
+"""benchmarks/parity.py with the tiny model: both trainers learn, and learn the same."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def parity(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
+    spec = importlib.util.spec_from_file_location("bench_parity", FOLDER / "parity.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for name in [n for n in sys.modules if n.split(".")[0] == "peers"]:
+        del sys.modules[name]
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_both_trainers_learn_and_learn_the_same(parity, monkeypatch, capsys):
+    monkeypatch.setattr(parity, "LEARNING_RATE", 5e-3)  # the tiny model's
+    asked = ["--dry", "--model", "tiny", "--rows", "48", "--steps", "2", "--dev-rows", "8", "--threads", "1"]
+    exact, rounded = parity.main(asked)
+    assert (exact["dtype"], exact["values"]["steps"]) == ("float32", 2)
+    assert (rounded["dtype"], rounded["values"]["steps"]) == ("bfloat16", 3)  # the whole epoch
+    for line in (exact, rounded):
+        dev = line["values"]["dev_loss"]
+        assert dev["ours"] < dev["base"] - 0.02
+        assert dev["trainer"] < dev["base"] - 0.02
+    assert exact["values"]["loss_apart_most"] <= parity.BARS["float32"]
+    assert rounded["values"]["dev_loss_apart"] <= parity.BARS["bfloat16"]
+    assert rounded["values"]["loss_apart_most"] > exact["values"]["loss_apart_most"]  # they are not one run's numbers
+    assert "NOT within" not in capsys.readouterr().out
+
+
+def test_another_training_is_not_within(parity, monkeypatch, capsys):
+    """A bar that cannot be missed proves nothing: with another clip on our side only, it is."""
+    real = parity.train_steps
+    monkeypatch.setattr(parity, "train_steps", lambda *args, **more: real(*args, **more | {"max_grad_norm": 0.01}))
+    monkeypatch.setattr(parity, "ADAM", parity.ADAM | {"adam_epsilon": 1e-2})  # else Adam divides the clip away
+    monkeypatch.setattr(parity, "LEARNING_RATE", 5e-3)
+    monkeypatch.setattr(parity, "BARS", {"float32": parity.BARS["float32"]})
+    asked = ["--dry", "--model", "tiny", "--rows", "32", "--steps", "2", "--dev-rows", "8", "--threads", "1"]
+    parity.main(asked)
+    assert "NOT within" in capsys.readouterr().out
