@@ -61,6 +61,24 @@ def test_a_part_of_a_larger_tensor_is_read_and_not_written(case):
     assert torch.equal(whole.detach(), kept)
 
 
+@pytest.mark.parametrize("rows_in_a_piece", [1, 3, 64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_without_a_graph_the_bits_are_the_same_and_x_stays(case, dtype, rows_in_a_piece, monkeypatch):
+    monkeypatch.setattr("lora_cmqa.kernels.tiles.rows_per_tile", lambda *_: rows_in_a_piece)
+    fast, _, shape = case
+    x = draw(*shape, dtype=dtype)
+    kept, narrow = x.clone(), {n: globals()[n].to(dtype) for n in "WH"}
+    monkeypatch.setitem(globals(), "W", narrow["W"])
+    monkeypatch.setitem(globals(), "H", narrow["H"])
+    monkeypatch.setitem(globals(), "angles", lambda *a, of=angles: tuple(t.to(dtype) for t in of(*a)))
+    with_graph = fast(x.clone().requires_grad_())
+    assert with_graph.requires_grad
+    for context in (torch.no_grad, torch.inference_mode, torch.enable_grad):
+        with context():
+            assert torch.equal(fast(x), with_graph.detach())
+    assert torch.equal(x, kept)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_narrow_types_stay_and_are_near_the_exact_answer(dtype):
     x, near = draw(6, 8, dtype=dtype), 0.02 if dtype == torch.bfloat16 else 1e-5

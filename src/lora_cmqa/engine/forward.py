@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,7 +27,7 @@ from ..kernels.packed import Packed, can_pack, packed
 from ..kernels.quantized import Frozen, product
 from ..kernels.table import gated
 from ..lora.decoder import Table, logit_shape, normed, rotary_tables, turned_heads
-from ..lora.family import Block, Projection, Unsupported, read_body
+from ..lora.family import Block, Norm, Projection, Unsupported, read_body
 from ..lora.low_rank import LowRank
 from ..messages import say
 from .adapters import JOINED, Key, Prepared, Stack, prepare_joined
@@ -125,7 +125,8 @@ class BatchForward:
 
     def __init__(self, causal: Any) -> None:
         """Raises family.Unsupported for a model that the family's table has no words for."""
-        self.body = read_body(causal)
+        body = read_body(causal)
+        self.body = replace(body, norm=_with_gain(body.norm), blocks=tuple(map(_with_gains, body.blocks)))
         self.head = Head(causal)
         for name, module, kind in (
             ("lm_head", self.head.module, torch.nn.Linear),
@@ -133,7 +134,8 @@ class BatchForward:
         ):
             if not isinstance(module, kind):  # trained, or with LoRA: base rows would read it too
                 raise Unsupported(say("decoder.other_part", part=name, kind=type(module).__name__))
-        self.dtype, self.device = self.body.norm.weight.dtype, self.body.norm.weight.device
+        self._like = body.norm.weight.detach()[:0]
+        self.dtype, self.device = self._like.dtype, self._like.device
         limit = getattr(causal.get_decoder().layers[0].self_attn, "seq_length", None)  # Qwen v1 scales longer rows
         self.max_length = int(limit or causal.config.max_position_embeddings)
         self._keys = [self._no_cache(b) for b in self.body.blocks]
@@ -210,13 +212,13 @@ class BatchForward:
                 for i, block in enumerate(self.body.blocks)
                 for name in JOINED
             }
-            self._stacks[rank] = Stack(shapes, rank, self.body.norm.weight)
+            self._stacks[rank] = Stack(shapes, rank, self._like)
         return self._stacks[rank]
 
     def _least_for(self, rank: int) -> int:
         """Rows of one adapter, measured for A and B of each kind of projection."""
         if rank not in self._least_of_rank:
-            like, matrices = self.body.norm.weight, []
+            like, matrices = self._like, []
             for name in JOINED:
                 inner, k = getattr(self.body.blocks[0], name).weight.shape[1], len(JOINED[name]) * rank
                 matrices += [like.new_empty(k, inner), *(like.new_empty(out, rank) for out in self._widths[0, name])]
@@ -412,6 +414,18 @@ class BatchForward:
 
     def _index(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.device)
+
+
+def _with_gain(norm: Norm) -> Norm:
+    """The factor offset + weight, written out once and not in every step."""
+    exact = torch.promote_types(norm.weight.dtype, torch.float32)
+    return Norm(norm.weight.detach().to(exact) + norm.offset, norm.eps, 0.0)
+
+
+def _with_gains(block: Block) -> Block:
+    names = ("before_attention", "qk_norm", "after_attention", "before_mlp", "after_mlp")
+    norms: dict[str, Any] = {n: _with_gain(norm) for n in names if (norm := getattr(block, n)) is not None}
+    return replace(block, **norms)
 
 
 def _times(x: torch.Tensor, weight: Frozen | Packed, bias: torch.Tensor | None) -> torch.Tensor:

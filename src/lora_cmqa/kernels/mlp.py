@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 
-from .tiles import row_tiles
+from .tiles import in_tiles, row_tiles
 
 Activation = Literal["silu", "gelu_tanh"]
 _C = 2 * math.sqrt(2 / math.pi)
@@ -23,7 +23,9 @@ _C = 2 * math.sqrt(2 / math.pi)
 
 def gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
     """gate_up [tokens, 2 * inner], the gate first -> [tokens, inner] of its dtype."""
-    return _Gated.apply(gate_up, activation)
+    if gate_up.requires_grad and torch.is_grad_enabled():
+        return _Gated.apply(gate_up, activation)
+    return _gated(gate_up, activation)
 
 
 class _Gated(torch.autograd.Function):
@@ -31,14 +33,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
         ctx.save_for_backward(gate_up)
         ctx.activation = activation
-        exact = torch.promote_types(gate_up.dtype, torch.float32)
-        gate, up = gate_up.chunk(2, -1)
-        out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-        for rows in row_tiles(gate_up, gate.shape[1] * 8):
-            g = gate[rows].to(exact)
-            value = _sigmoid(g, activation).mul_(g).to(gate.dtype)  # rounded before the product, as transformers does
-            out[rows] = value.mul_(up[rows])
-        return out
+        return _gated(gate_up, activation)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -58,6 +53,18 @@ class _Gated(torch.autograd.Function):
                 slope.mul_((g * g).mul_(3 * 0.044715 * _C).add_(_C))
             to_gate[rows] = slope.add_(sigmoid).mul_(d).mul_(up[rows])
         return out, None
+
+
+def _gated(gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+    exact = torch.promote_types(gate_up.dtype, torch.float32)
+    gate, up = gate_up.chunk(2, -1)
+
+    def piece(rows: slice) -> torch.Tensor:
+        g = gate[rows].to(exact)
+        value = _sigmoid(g, activation).mul_(g).to(gate.dtype)  # rounded before the product, as transformers does
+        return value.mul_(up[rows])
+
+    return in_tiles(piece, gate_up, gate.shape[1] * 8, gate.shape)
 
 
 def _sigmoid(g: torch.Tensor, activation: Activation) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x [tokens, heads, dim], cos and sin [tokens, dim / 2] of the same dtype -> [tokens, heads, dim]."""
-    return _Rotate.apply(x, cos, sin)
+    return _Rotate.apply(x, cos, sin) if x.requires_grad and torch.is_grad_enabled() else _turned(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):

@@ -6,7 +6,7 @@ at a time only the first does. On a GPU a piece is the whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -23,3 +23,16 @@ def row_tiles(x: torch.Tensor, bytes_per_row: int) -> Iterator[slice]:
     rows = len(x)
     step = rows_per_tile(x.device, bytes_per_row) or max(1, rows)
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+def in_tiles(
+    piece: Callable[[slice], torch.Tensor], x: torch.Tensor, bytes_per_row: int, shape: torch.Size
+) -> torch.Tensor:
+    """What `piece` gives for its rows, put together: [*shape] of x's dtype. A single piece is not copied."""
+    tiles = list(row_tiles(x, bytes_per_row))
+    if len(tiles) == 1:
+        return piece(tiles[0])
+    out = torch.empty(shape, dtype=x.dtype, device=x.device)
+    for rows in tiles:
+        out[rows] = piece(rows)
+    return out
