@@ -9,7 +9,8 @@
     trl-packing-1 ...    TRL, LLaMA-Factory and ms-swift, each in its own environment under runs/bench-env
                          (peers/others.py) and in the fastest of its own small search
     ours                 `cmqa train`; then with one feature off: -separate-rows (no shared prefixes),
-                         -transformers-forward (lora/plain.py), -float32 (base in float32)
+                         -transformers-forward (lora/plain.py), -float32 (base in float32), on a GPU also
+                         -own-kernels (neither torch's FlashAttention over rows nor Liger)
     several-answers ...  rows of questions with several answers only, with shared prefixes and without
 
 A round is the seed's recipe on 32 rows, peers on 64, ours on 256, several answers on 128; what each feature gives is
@@ -50,6 +51,7 @@ from lora_cmqa.train.run_folder import environment
 HERE = Path(__file__).parent
 SEARCH = tuple(f"hf-{precision}-{batch}" for precision in hf_loop.PRECISIONS for batch in hf_loop.BATCHES)
 OURS = ("ours", "ours-separate-rows", "ours-transformers-forward", "ours-float32")
+ON_GPU = ("ours-own-kernels",)
 FEATURE_OFF_ROUNDS = (0,)
 SHARED = ("several-answers", "several-answers-separate-rows")
 
@@ -93,6 +95,7 @@ def measure(way: str, setting: Setting) -> dict[str, Any]:
             clock,
             own_forward=not way.endswith("transformers-forward"),
             shared_prefixes=not way.endswith("separate-rows"),
+            library_kernels=not way.endswith("own-kernels"),
         )
     values = clock.values(setting.threads)
     memory = told.pop("peak_memory_bytes", None) or peak_memory(device)
@@ -194,14 +197,15 @@ def all_rounds(args: argparse.Namespace, measurements: Measurements) -> Rounds:
             if found:
                 ways[max(found, key=found.__getitem__)] = peer_rows
             out |= {way: {-1: v} for way, v in tried.items() if "error" in v}
-    ways |= {"ours": base} | dict.fromkeys(OURS[1:], feature_rows)
+    features = (*OURS[1:], *(ON_GPU if args.device.startswith("cuda") else ()))
+    ways |= {"ours": base} | dict.fromkeys(features, feature_rows)
     if not args.no_several_answers:
         ways |= dict.fromkeys(SHARED, replace(feature_rows, several_answers=True))
     out |= {way: {} for way in ways}
     for number in range(args.rounds):
         order = list(ways)[:: 1 if number % 2 == 0 else -1]  # who comes first changes
         for way in order:
-            if way not in OURS[1:] or number in FEATURE_OFF_ROUNDS:
+            if not _is_off(way) or number in FEATURE_OFF_ROUNDS:
                 out[way][number] = measurements.of(way, replace(ways[way], round=number))
     return out
 
@@ -239,13 +243,18 @@ def summary(measured: Rounds) -> dict[str, Any]:
         "mfu": over("mfu"),
         "ratio_shared_prefix": ratio(*SHARED),
         "bound_shared_prefix": _spread([m["bound"] for m in shared.values()]) if shared else None,
-        "ratio_feature_off": {way: ratio("ours", way) for way in OURS[1:]},
+        "ratio_feature_off": {way: ratio("ours", way) for way in measured if _is_off(way)},
         "peak_operations_per_second": over("peak_operations_per_second"),
         "computes_in": {way: next(iter(ms.values()))["computes_in"] for way, ms in rounds.items()},
         "peak_memory_bytes": over("peak_memory_bytes"),
         "processor_share": over("processor_share"),
         "seed_job_hours": hours,  # 20,000 rows x 5 epochs at the rate of ours and these rows' mean length
     }
+
+
+def _is_off(way: str) -> bool:
+    """Whether one feature is off in it."""
+    return way.startswith("ours-")
 
 
 def _spread(values: list[float]) -> dict[str, float]:
@@ -275,7 +284,7 @@ def table(line: dict[str, Any]) -> str:
         f"| {way} | failed: {' '.join(error.split()).replace('|', '/')} | | | |"
         for way, error in v.get("errors", {}).items()
     ]
-    counted = {way: n for way, n in v.get("rounds", {}).items() if way not in OURS[1:]}
+    counted = {way: n for way, n in v.get("rounds", {}).items() if not _is_off(way)}
     if counted:
         rows.append(f"\nrounds: {max(counted.values())}")
     if v["ratio_shared_prefix"]:

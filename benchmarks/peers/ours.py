@@ -6,6 +6,7 @@ from typing import Any
 
 from lora_cmqa.core import TokenizedExample
 from lora_cmqa.data.stream import BatchStream
+from lora_cmqa.kernels.table import check_kernels, chosen_ways
 from lora_cmqa.lora import decoder
 from lora_cmqa.lora.family import Unsupported
 from lora_cmqa.lora.inject import inject_lora, lora_parameters
@@ -25,7 +26,11 @@ def train(
     *,
     own_forward: bool = True,
     shared_prefixes: bool = True,
+    library_kernels: bool = True,
 ) -> None:
+    found = check_kernels(clock.device, next(model.parameters()).dtype, stored=None if library_kernels else {})
+    if "plain" in chosen_ways().values():
+        raise SystemExit(f"a plain kernel would be measured: {found}")
     model = inject_lora(model, r=setting.r, lora_alpha=setting.lora_alpha)
     if setting.checkpointing:
         decoder.checkpoint_activations(model)

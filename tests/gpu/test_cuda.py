@@ -15,7 +15,7 @@ from lora_cmqa.data.pack import pack
 from lora_cmqa.engine.base import Request
 from lora_cmqa.engine.embedded import EmbeddedEngine
 from lora_cmqa.engine.sampling import SamplingParams
-from lora_cmqa.kernels.table import check_kernels
+from lora_cmqa.kernels.table import check_kernels, chosen_ways, library_ways
 from lora_cmqa.lora.decoder import checkpoint_activations, pack_losses, why_plain
 from lora_cmqa.lora.inject import lora_parameters
 from lora_cmqa.lora.low_rank import Pair
@@ -44,6 +44,8 @@ def assert_like(found, wanted, tolerance: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_every_kernel_agrees_with_its_twin(device, dtype):
     assert check_kernels(device, dtype) == {}
+    taken = {name for name, way in chosen_ways().items() if way == "library"}
+    assert taken == {kernel.name for kernel in library_ways(device, dtype)}
 
 
 @pytest.mark.parametrize("shared", [False, True], ids=["rows", "shared prefixes"])

@@ -423,20 +423,20 @@ def test_the_kernels_that_were_chosen_are_taken_as_they_were(seven, tmp_path, to
     def raises(*_args, **_kwargs):
         raise RuntimeError("no kernel image is available")
 
-    monkeypatch.setattr(rms_norm, "plain", False)
+    monkeypatch.setattr(rms_norm, "way", "fast")
     with monkeypatch.context() as m:
         m.setattr(rms_norm, "fast", raises)
         plain = outcome(train(seven(output_dir=str(tmp_path / "plain"))))
         killed(seven(), "step", 4)
     assert outcome(train(seven())) == plain
-    assert rms_norm.plain
+    assert rms_norm.way == "plain"
     stored = json.loads((tmp_path / "run" / "environment.json").read_text())
-    assert stored["plain_kernels"] == ["rms_norm"]
+    assert {name for name, way in stored["kernels"].items() if way != "fast"} == {"rms_norm"}
 
     other = seven(output_dir=str(tmp_path / "other"))
     killed(other, "step", 4)
     monkeypatch.setattr(rms_norm, "fast", raises)
-    with pytest.raises(RunError, match=r"\(plain_kernels: \[\] then, \['rms_norm'\] now\)"):
+    with pytest.raises(RunError, match=r"\(kernels: rms_norm fast then, rms_norm plain now\)"):
         train(other)
     train(replace(other, train=replace(other.train, resume="anyway")))
 

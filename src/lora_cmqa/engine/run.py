@@ -9,7 +9,7 @@ from typing import Any
 
 from ..data.template import ChatTemplate
 from ..errors import AdapterError, RunError
-from ..kernels.table import check_kernels, say_plain_kernels
+from ..kernels.table import check_kernels, say_passed_over
 from ..lora.adapter import load_adapter, read_adapter_config
 from ..lora.fingerprint import check_fingerprint, fingerprinted, kept_layers, trained_quantization
 from ..models.load import load_model
@@ -75,10 +75,8 @@ def open_run(
 
 def check_kernels_of(model: Any) -> None:
     """Compare the fast functions with their plain twins where `model` stands; what differs is replaced, and said."""
-    weights = next(model.parameters())
-    say_plain_kernels(
-        check_kernels(weights.device, weights.dtype, quantization_of(model)), weights.device, weights.dtype
-    )
+    weights, kind = next(model.parameters()), quantization_of(model)
+    say_passed_over(check_kernels(weights.device, weights.dtype, kind), weights.device, weights.dtype, kind)
 
 
 def _chat_template(folder: Path) -> str | None:

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 _GROUP_SLACK = 0.125
 # Longest row (padded) of the way by products, which keeps width weights a head and token.
 _PRODUCTS_WIDTH = 512
+_WIDEST_HEAD = 256  # of FlashAttention
 
 
 def packed_attention(
@@ -69,6 +70,40 @@ def packed_attention(
         outputs.append(_group_attention(mine[0], mine[1], mine[2], group, scale, window))
         start += tokens
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def packed_attention_varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    row_lengths: Sequence[int],
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    parents: Sequence[int] = (),
+) -> torch.Tensor:
+    """`packed_attention` by torch's own FlashAttention over rows of any lengths (torch.nn.attention.varlen, GPU, 16
+    bits): nothing is padded or grouped. What it has no word for (trees, wide heads) goes the other way."""
+    if softcap is not None or dropout > 0 or parents or q.shape[-1] > _WIDEST_HEAD or q.shape[-1] % 8:
+        return packed_attention(
+            q, k, v, row_lengths, scale=scale, window=window, softcap=softcap, dropout=dropout, parents=parents
+        )
+    from torch.nn.attention.varlen import varlen_attn
+
+    ends, longest = _ends(tuple(row_lengths), q.device), max(row_lengths)
+    seen = (-1 if window is None else window - 1, 0)  # tokens before and after one's own
+    out: torch.Tensor = varlen_attn(
+        q, k, v, ends, ends, longest, longest, scale=scale, window_size=seen, enable_gqa=q.shape[1] != k.shape[1]
+    )
+    return out
+
+
+@functools.lru_cache(maxsize=4)  # every layer of a pack asks again
+def _ends(row_lengths: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """int32 [rows + 1]: where each row begins, and where the last ends."""
+    return torch.tensor(list(itertools.accumulate(row_lengths, initial=0)), dtype=torch.int32, device=device)
 
 
 def _groups(row_lengths: Sequence[int]) -> list[list[int]]:

@@ -1,25 +1,29 @@
-"""A fast function beside its plain twin."""
+"""A fast function beside its plain twin, and on a GPU perhaps a library's kernel beside both."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Generic, ParamSpec
+from typing import Generic, Literal, ParamSpec
 
 import torch
 
 P = ParamSpec("P")
+Way = Literal["library", "fast", "plain"]
 
 
 class Kernel(Generic[P]):
-    """Call it as the fast function. `plain` says that the twin answers."""
+    """Call it as the fast function. `way` says who answers: a GPU library's kernel, the fast function, or its twin."""
 
     def __init__(
         self, fast: Callable[P, torch.Tensor], twin: Callable[..., torch.Tensor], without: Sequence[str] = ()
     ) -> None:
         self.name, self.fast, self.twin, self.without = fast.__name__, fast, twin, without
-        self.plain = False
+        self.library: Callable[P, torch.Tensor] | None = None  # set where there is one (table.py)
+        self.way: Way = "fast"
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
-        if not self.plain:
-            return self.fast(*args, **kwargs)
-        return self.twin(*args, **{k: v for k, v in kwargs.items() if k not in self.without})
+        if self.way == "plain":
+            return self.twin(*args, **{k: v for k, v in kwargs.items() if k not in self.without})
+        if self.way == "library" and self.library is not None:
+            return self.library(*args, **kwargs)
+        return self.fast(*args, **kwargs)

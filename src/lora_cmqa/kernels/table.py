@@ -1,8 +1,10 @@
-"""The table that chooses: each fast function with its plain twin, and which of the two is called.
+"""The table that chooses: each fast function with its plain twin, and which of them is called.
 
-    check_kernels(device, dtype)      small shapes, forward and backward, fast beside plain
+    check_kernels(device, dtype)      small shapes, forward and backward, each beside the plain twin
        rms_norm          1e-7         the fast one stays
        packed_attention  nan          its plain twin is called from now on; the caller says so by name
+
+On a GPU a library's kernel comes before ours where there is one (`library_ways`), and passes the same comparison.
 
 A kernel that is right on one machine may be wrong on another (a driver, a build of torch, a processor's own library);
 a wrong one would train, score and answer in silence. So whoever opens a base asks once (0.4 s), on its own device and
@@ -12,14 +14,14 @@ dtype, before the first step or answer.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 
 from ..messages import say
-from . import attention, head, lora_linear, mlp, norm, quantized, rope
-from .kernel import Kernel
+from . import attention, head, liger, lora_linear, mlp, norm, quantized, rope
+from .kernel import Kernel, Way
 
 Case = tuple[Sequence[Any], dict[str, Any]]  # arguments of a kernel
 
@@ -35,40 +37,88 @@ KERNELS: tuple[Kernel[Any], ...] = (rms_norm, rotate, gated, project, packed_att
 _ALLOWED = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
 
-def check_kernels(
-    device: torch.device, dtype: torch.dtype, quantization: str = "none", *, plain: Collection[str] = ()
-) -> dict[str, str]:
-    """Compare every fast function with its twin on `device` in `dtype`, and call the twin of each that differs. What
-    writes a weight of `quantization` (nf4, int8) out is compared where there is one.
+def library_ways(device: torch.device, dtype: torch.dtype) -> dict[Kernel[Any], Callable[..., torch.Tensor]]:
+    """What libraries offer on `device`: torch's own FlashAttention over rows of any lengths (16 bits), and Liger."""
+    if device.type != "cuda":
+        return {}
+    ways: dict[Kernel[Any], Callable[..., torch.Tensor]] = {}
+    if dtype in (torch.bfloat16, torch.float16):
+        ways[packed_attention] = attention.packed_attention_varlen
+    if liger.is_installed() and dtype != torch.float64:
+        ways |= {rms_norm: liger.rms_norm, gated: liger.gated}
+    return ways
 
-    plain  names whose twin is called without a comparison: what a run chose when it began
-    Returns {name: what was found} of those; empty where all agree. Draws nothing from torch's own random state.
+
+def check_kernels(
+    device: torch.device, dtype: torch.dtype, quantization: str = "none", *, stored: Mapping[str, Way] | None = None
+) -> dict[str, str]:
+    """Compare every function with its twin on `device` in `dtype`: a library's, else ours, else the twin itself is
+    called from now on. What writes a weight of `quantization` (nf4, int8) out is compared where there is one.
+
+    stored  what `chosen_ways` said when a run began: no better way is taken, and a plain one without a comparison
+    Returns {name: what was found} of those that were passed over; empty where all agree. Draws nothing from torch's
+    own random state.
     """
-    found = {}
-    of_weights = [] if quantization == "none" else [quantized.DEQUANTIZE[quantization]]
-    for kernel in (*KERNELS, *of_weights):
-        reason = "as at the first start" if kernel.name in plain else _differs(kernel, device, dtype)
-        kernel.plain = reason is not None
+    found, libraries = {}, library_ways(device, dtype)
+    for kernel in _kernels(quantization):
+        kernel.library = libraries.get(kernel)
+        best: Way = "library" if kernel.library is not None else "fast"
+        first = best if stored is None else stored.get(kernel.name, "fast")
+        kernel.way, reason = _first_that_agrees(kernel, first, device, dtype)
         if reason is not None:
             found[kernel.name] = reason
     return found
 
 
-def say_plain_kernels(found: Mapping[str, str], device: torch.device, dtype: torch.dtype) -> None:
+def _kernels(quantization: str) -> tuple[Kernel[Any], ...]:
+    return KERNELS if quantization == "none" else (*KERNELS, quantized.DEQUANTIZE[quantization])
+
+
+def chosen_ways(quantization: str = "none") -> dict[str, Way]:
+    """{name: way} of every kernel."""
+    return {kernel.name: kernel.way for kernel in _kernels(quantization)}
+
+
+def say_passed_over(
+    found: Mapping[str, str], device: torch.device, dtype: torch.dtype, quantization: str = "none"
+) -> None:
     """What `check_kernels` has found, for people."""
+    ways = chosen_ways(quantization)
     for kernel, reason in found.items():
-        print(say("kernels.plain", kernel=kernel, found=reason, device=device, dtype=dtype), file=sys.stderr)
+        key = "kernels.plain" if ways[kernel] == "plain" else "kernels.own"
+        print(say(key, kernel=kernel, found=reason, device=device, dtype=dtype), file=sys.stderr)
 
 
-def _differs(kernel: Kernel[Any], device: torch.device, dtype: torch.dtype) -> str | None:
-    found = (_case_differs(kernel, case(_Draw(device, dtype)), dtype) for case in _CASES[kernel])
+_WAYS: tuple[Way, ...] = ("library", "fast", "plain")
+
+
+def _first_that_agrees(
+    kernel: Kernel[Any], first: Way, device: torch.device, dtype: torch.dtype
+) -> tuple[Way, str | None]:
+    """The way to take, from `first` on, and why not an earlier one."""
+    reason = "as at the first start" if first == "plain" else None
+    for way in _WAYS[_WAYS.index(first) : -1]:
+        differs = _differs(kernel, way, device, dtype)
+        if differs is None:
+            return way, reason
+        reason = differs
+    return "plain", reason
+
+
+def _differs(kernel: Kernel[Any], way: Way, device: torch.device, dtype: torch.dtype) -> str | None:
+    function = kernel.library if way == "library" else kernel.fast
+    if function is None:  # it was there at the first start
+        return "not installed"
+    found = (_case_differs(kernel, function, case(_Draw(device, dtype)), dtype) for case in _CASES[kernel])
     return next((reason for reason in found if reason is not None), None)
 
 
-def _case_differs(kernel: Kernel[Any], case: Case, dtype: torch.dtype) -> str | None:
+def _case_differs(
+    kernel: Kernel[Any], function: Callable[..., torch.Tensor], case: Case, dtype: torch.dtype
+) -> str | None:
     args, kwargs = case
     try:
-        fast = _run(kernel.fast, args, kwargs)
+        fast = _run(function, args, kwargs)
     except Exception as e:  # whatever a build or a driver raises: the twin needs only plain operations
         return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
     plain = _run(kernel.twin, args, {k: v for k, v in kwargs.items() if k not in kernel.without})
@@ -142,6 +192,12 @@ def _attention_case(draw: _Draw) -> Case:
     return (q, k, v, (20, 19, 5)), {"scale": 32**-0.5, "window": 12}
 
 
+def _whole_rows_case(draw: _Draw) -> Case:
+    """Without a window: a library has another way for it."""
+    q, k, v = draw(_TOKENS, 4, 32), draw(_TOKENS, 2, 32), draw(_TOKENS, 2, 32)
+    return (q, k, v, (20, 19, 5)), {"scale": 32**-0.5}
+
+
 def _tree_case(draw: _Draw) -> Case:
     """A beginning of 14 tokens with two endings of 10 and 9, beside a row of 11."""
     q, k, v = draw(_TOKENS, 4, 32), draw(_TOKENS, 2, 32), draw(_TOKENS, 2, 32)
@@ -167,7 +223,7 @@ _CASES: dict[Kernel[Any], tuple[Callable[[_Draw], Case], ...]] = {
     rotate: (_rotate_case,),
     gated: (_gelu_case, _silu_case),
     project: (_project_case,),
-    packed_attention: (_attention_case, _tree_case),
+    packed_attention: (_attention_case, _whole_rows_case, _tree_case),
     cross_entropy: (_head_case,),
     **{kernel: (_weight_case(kind),) for kind, kernel in quantized.DEQUANTIZE.items()},
 }

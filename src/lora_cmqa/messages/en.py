@@ -72,6 +72,8 @@ TEXT: dict[str, str] = {
     "first step; it rises as the C library holds on to what is freed.",
     "train.memory_off": "Off most: {row} and what goes with it, {predicted} GiB predicted, {measured} GiB measured.",
     "train.no_shared_prefixes": "With dropout each row has masks of its own: what rows share is computed for each.",
+    "kernels.own": "The library's {kernel} differs from its plain twin here ({device}, {dtype}: {found}); "
+    "ours is taken.",
     "kernels.plain": "The fast {kernel} differs from its plain twin here ({device}, {dtype}: {found}); "
     "the plain one is taken, slower, with the right result.",
     "train.plain_path": "The plain path trains this, slower, with the same result: {reason}.",

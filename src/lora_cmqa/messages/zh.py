@@ -68,6 +68,7 @@ TEXT: dict[str, str] = {
     "C 库会留住释放的内存，之后还会上升。",
     "train.memory_off": "相差最多的一项：{row} 及其相关部分，预计 {predicted} GiB，实测 {measured} GiB。",
     "train.no_shared_prefixes": "使用 dropout 时每行需要各自的掩码：共享的开头将逐行计算。",
+    "kernels.own": "库中的 {kernel} 在本机（{device}，{dtype}：{found}）与普通实现的结果不一致；改用本项目自己的实现。",
     "kernels.plain": "快速实现 {kernel} 在本机（{device}，{dtype}：{found}）与普通实现的结果不一致；"
     "改用普通实现，较慢，结果正确。",
     "train.plain_path": "将用普通路径训练，较慢，结果相同：{reason}。",

@@ -35,7 +35,7 @@ from ..data.token_cache import encode_cached
 from ..errors import ConfigError, DataError, Interrupted, ResourceError, RunError
 from ..kernels.compiled import bound_compiled_products
 from ..kernels.head import CHUNK
-from ..kernels.table import check_kernels, say_plain_kernels
+from ..kernels.table import check_kernels, chosen_ways, say_passed_over
 from ..lora.adapter import WEIGHTS, adapter_files
 from ..lora.decoder import checkpoint_activations, token_losses, why_plain
 from ..lora.fingerprint import FILE as FINGERPRINT
@@ -69,7 +69,7 @@ from .run_folder import (
     read_cuts,
     same_environment,
     stored_dtype,
-    stored_plain_kernels,
+    stored_kernels,
     write_adapter,
     write_companions,
     write_cuts,
@@ -563,10 +563,10 @@ def _start(config: Config, folder: Path) -> _Run:
     wanted = "bfloat16" if t.bf16 and m.dtype == "auto" else m.dtype
     dtype = pick_dtype(stored_dtype(folder) or wanted if wanted == "auto" else wanted, device)
     bound_compiled_products()  # before the first product, which the self-check makes
-    plain = check_kernels(device, dtype, m.quantization, plain=stored_plain_kernels(folder))
-    now = environment(device, dtype, m.quantization) | {"plain_kernels": sorted(plain)}
+    passed_over = check_kernels(device, dtype, m.quantization, stored=stored_kernels(folder))
+    now = environment(device, dtype, m.quantization) | {"kernels": chosen_ways(m.quantization)}
     same_environment(folder, now, anyway=t.resume == "anyway")
-    say_plain_kernels(plain, device, dtype)
+    say_passed_over(passed_over, device, dtype, m.quantization)
     train_examples, dev_examples = _read_rows(config)
     config, told = fitted(config, folder, device, train_examples)
     if told:

@@ -32,6 +32,7 @@ from ..data.card import read_card
 from ..data.sources import CARD as DATA_CARD
 from ..data.template import ChatTemplate
 from ..errors import ResourceError, RunError
+from ..kernels.kernel import Way
 from ..lora.adapter import CONFIG, WEIGHTS
 from ..lora.fingerprint import write_fingerprint
 from .checkpoint import STATE
@@ -48,7 +49,7 @@ _FREE = {
     "data.token_cache_gib",
     *("train.memory_limit", "train.fit"),  # they may cut micro-batches, which changes no gradient
 }
-_COMPARED = ("versions", "processor", "device", "dtype", "float32_matmul_precision", "plain_kernels")
+_COMPARED = ("versions", "processor", "device", "dtype", "float32_matmul_precision", "kernels")
 
 
 # ---- first start, second start -----------------------------------------------------------------------------------
@@ -127,6 +128,7 @@ def environment(device: torch.device, dtype: torch.dtype, quantization: str = "n
     versions = {"python": platform.python_version(), **{n: _version(n) for n in packages}}
     if device.type == "cuda":
         versions |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+        versions["liger-kernel"] = _version("liger-kernel")
     if quantization != "none":
         versions["bitsandbytes"] = _version("bitsandbytes")
     return {
@@ -189,10 +191,10 @@ def stored_dtype(folder: Path) -> str | None:
     return _stored_environment(file)["dtype"] if file.exists() else None
 
 
-def stored_plain_kernels(folder: Path) -> list[str]:
-    """Kernels whose plain twin was chosen at the first start; none before it."""
+def stored_kernels(folder: Path) -> dict[str, Way] | None:
+    """How each kernel was called at the first start (kernels/table.py); None before it."""
     file = folder / ENVIRONMENT
-    return _stored_environment(file)["plain_kernels"] if file.exists() else []
+    return _stored_environment(file)["kernels"] if file.exists() else None
 
 
 def forget_unborn_start(folder: Path) -> None:
@@ -205,7 +207,7 @@ def forget_unborn_start(folder: Path) -> None:
 def _stored_environment(file: Path) -> dict[str, Any]:
     try:
         then = json.loads(file.read_text(encoding="utf-8"))
-        is_complete = isinstance(then["dtype"], str) and isinstance(then["plain_kernels"], list)
+        is_complete = isinstance(then["dtype"], str) and isinstance(then["kernels"], dict)
         if is_complete and isinstance(then["threads"], int) and then["threads"] > 0:
             return then
     except (OSError, ValueError, KeyError, TypeError):
