@@ -5,8 +5,8 @@
                 LigerGELUMulFunction             its halves, copied
 
 Each is one kernel where torch's operators are a chain of them. The rotation has none here: Liger turns queries and keys
-of their own, and would copy what lies joined. The head's loss is ours as well (head.py): Liger's keeps all logits of a
-chunk in float32 for every token, not only for supervised ones.
+of their own, and would copy what lies joined. The head's loss is ours as well (head.py): of supervised rows only, where
+Liger's makes the logits of every row it is given.
 """
 
 from __future__ import annotations
