@@ -3,12 +3,14 @@
 import pytest
 import torch
 
+from lora_cmqa.engine import adapters, forward
 from lora_cmqa.engine.base import RUN_ADAPTER, Request
 from lora_cmqa.engine.embedded import EmbeddedEngine
 from lora_cmqa.engine.forward import MOST_ROWS, BatchForward, steady_rows, steady_stack_rows
 from lora_cmqa.engine.plain import PlainForward
 from lora_cmqa.engine.sampling import SamplingParams
 from lora_cmqa.errors import AdapterError, ConfigError
+from lora_cmqa.kernels.packed import can_pack
 from lora_cmqa.lora.inject import inject_lora
 from lora_cmqa.models.load import load_model
 
@@ -128,6 +130,79 @@ def test_the_rows_a_step_is_padded_to_are_measured():
     assert steady_stack_rows([weight], MOST_ROWS) in (8, 16, 24, 32)
     forward = BatchForward(load_model("tiny")[0])
     assert forward.least_rows in (8, 16, 24, 32)
+
+
+# ---- packed stacks --------------------------------------------------------------------------------------------------
+
+needs_packing = pytest.mark.skipif(
+    not can_pack(torch.device("cpu"), torch.bfloat16), reason="this processor or build has no packed bfloat16 product"
+)
+
+
+@needs_packing
+@pytest.mark.parametrize("kind", ["tiny", "tiny-gemma3"])
+@pytest.mark.parametrize("names", ["abd", "aab", ["a", "c", None, "b", "d", None], ["c"], [*"aaaaaaac", None]])
+def test_a_packed_stack_answers_as_an_unpacked_one(serving, kind, names, monkeypatch):
+    asked = [asks(x, 10 + i, 5 + i) for i, x in enumerate(names)]
+    unpacked = serving(kind, "bfloat16")
+    monkeypatch.setattr(adapters, "PACK_AFTER", 10**9)
+    want = unpacked.generate(asked)
+    assert not any(s.is_packed for s in unpacked.forward._stacks.values())
+    monkeypatch.setattr(adapters, "PACK_AFTER", 1)
+    engine, added = serving(kind, "bfloat16"), []
+    monkeypatch.setattr(forward, "_add_packed", lambda *a, add=forward._add_packed: (added.append(a), add(*a)))
+    got = engine.generate(asked)
+    assert added
+    for request, one, other in zip(asked, got, want, strict=True):
+        if request.adapter is None:
+            assert bits(one) == bits(other)
+        for x, y in zip(one.logprobs, other.logprobs, strict=True):
+            assert x.logprob == pytest.approx(y.logprob, abs=0.05)
+            if x.token != y.token:  # near a tie; from here on they answer differently
+                break
+
+
+@needs_packing
+def test_a_stack_is_packed_when_its_members_stay(serving, monkeypatch):
+    engine = serving(dtype="bfloat16")
+    members = [engine.adapters.acquire(x) for x in ("a", "b", "d")]
+    stack = engine.forward._stack(4)
+    for wanted in (members[:2], members[::2]):
+        for _ in range(adapters.PACK_AFTER):
+            stack.arrange(wanted)
+            assert not stack.is_packed
+        stack.arrange(wanted[::-1])  # in another order: the same members
+        assert stack.is_packed
+        stack.arrange(members)
+        assert not stack.is_packed
+    monkeypatch.setattr(adapters, "_PACKED_BYTES", 1)
+    for _ in range(adapters.PACK_AFTER + 2):
+        stack.arrange(members)
+    assert not stack.is_packed
+
+
+@needs_packing
+def test_an_adapter_whose_products_overflow_spoils_no_one_elses(monkeypatch):
+    monkeypatch.setattr(adapters, "PACK_AFTER", 1)
+    draw = torch.Generator().manual_seed(0)
+    key, like = (0, "down"), torch.empty(0, dtype=torch.bfloat16)
+    a, b = torch.randn(2, 4, 16, generator=draw).bfloat16(), torch.randn(2, 4, 8, generator=draw).bfloat16()
+    a[1] *= 1e30
+    stack = adapters.Stack({key: (16, (8,))}, 4, like)
+    members = [adapters.Prepared(str(i), 4, {key: (a[i], (b[i],))}, {}, 0) for i in range(2)]
+    for _ in range(2):
+        places = [int(m.digest) for m in stack.arrange(members)]
+    assert stack.is_packed
+    x, y = torch.randn(8, 16, generator=draw).bfloat16(), torch.zeros(8, 8, dtype=torch.bfloat16)
+    x[0] *= 1e20
+    others = torch.ones(8, 1, 8, dtype=torch.bool)
+    for row, member in enumerate([0, 1, 0]):
+        others[row, :, 4 * places.index(member) : 4 * places.index(member) + 4] = False
+    forward._add_packed(y, x, forward._Group(stack, 0, 3, window=slice(0, 8), others=others), key)
+    assert not (x[0] @ a[1].T).isfinite().all()
+    for row in (0, 2):
+        torch.testing.assert_close(y[row], (x[row] @ a[0].T) @ b[0], rtol=2e-2, atol=1e-2 * float(y[row].abs().max()))
+    assert not y[3:].any()
 
 
 # ---- beginnings computed once ---------------------------------------------------------------------------------------

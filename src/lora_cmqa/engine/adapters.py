@@ -8,6 +8,11 @@ Projections that read the same input share one A, its rows below each other; eac
     qkv   A = [A_q; A_k; A_v]      x A' = [s_q  s_k  s_v]      y_q += s_q B_q'   y_k += s_k B_k'   y_v += s_v B_v'
 
 (One block diagonal B for all would be one product, but two thirds of what it reads are zeros.)
+
+Where rows are few and weights can be packed (kernels/packed.py), the adapters of a stack stand below each other as one
+weight, and what a row has no part in is set to zero between its two products:
+
+    x [A_1; A_2; A_3]'  ->  row of adapter 2:  [ 0  s_2  0 ]  ->  [ 0  s_2  0 ] [B_1; B_2; B_3]  =  s_2 B_2
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from typing import Any
 import torch
 
 from ..errors import AdapterError
+from ..kernels.packed import Packed, can_pack, packed
 from ..lora.low_rank import LowRank
 
 # Name of the joined projection -> its modules in a decoder's layer, in the order of the joined weight's rows.
@@ -31,9 +37,13 @@ JOINED = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+# Packing eight adapters of rank 16 takes as long as five steps gain by it (embedded base; docs/LOG.md).
+PACK_AFTER = 6  # steps with the same members
+_PACKED_BYTES = 256 << 20  # of a stack, which is then held twice
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
 Key = tuple[int, str]  # layer, name of the joined projection
 Parts = tuple[torch.Tensor, tuple[torch.Tensor, ...]]  # A, B's
+PackedParts = tuple[Packed, tuple[Packed, ...]]  # A [k places r, in], B's [out, places r]
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +171,18 @@ class Stack:
         """`shapes`: inputs, and the outputs of each module, of each joined projection."""
         self.rank, self._shapes, self._like = rank, shapes, like
         self._tensors: dict[Key, Parts] = {}
+        self._packed: dict[Key, PackedParts] = {}
         self._members: list[Prepared] = []
-        self._room = 0
+        self._room = self._steady = 0  # steps since the members changed
 
     def arrange(self, wanted: Sequence[Prepared]) -> list[Prepared]:
         """The members in their order afterwards; `wanted` holds each once."""
+        if {w.digest for w in wanted} == {m.digest for m in self._members}:
+            self._steady += 1
+            if self._steady == PACK_AFTER:
+                self._pack()
+            return list(self._members)
+        self._packed, self._steady = {}, 0
         if len(wanted) > self._room:
             self._grow(max(4, 1 << (len(wanted) - 1).bit_length()))
         by_digest = {w.digest: w for w in wanted}
@@ -188,6 +205,14 @@ class Stack:
         a, bs = self._tensors[key]
         return a[: self.places], tuple(b[: self.places] for b in bs)
 
+    def get_packed(self, key: Key) -> PackedParts:
+        """Where `is_packed`: A's rows by module, then by place; B's columns by place."""
+        return self._packed[key]
+
+    @property
+    def is_packed(self) -> bool:
+        return bool(self._packed)
+
     @property
     def places(self) -> int:
         """At least 2: a stack of one rounds otherwise."""
@@ -197,7 +222,21 @@ class Stack:
         return any(key in m.parts for m in self._members)
 
     def clear(self) -> None:
-        self._tensors, self._members, self._room = {}, [], 0
+        self._tensors, self._packed, self._members, self._room = {}, {}, [], 0
+
+    def _pack(self) -> None:
+        size = sum(_size(t) for key in self._tensors for a, bs in (self.get(key),) for t in (a, *bs))
+        if size > _PACKED_BYTES or not can_pack(self._like.device, self._like.dtype):
+            return
+        found: dict[Key, PackedParts] = {}
+        for key in filter(self.changes, self._tensors):
+            a, bs = self.get(key)
+            by_module = a.view(self.places, len(bs), self.rank, -1).transpose(0, 1).flatten(0, 2)
+            one, others = packed(by_module), [packed(b.flatten(0, 1).t().contiguous()) for b in bs]
+            if one is None or None in others:
+                return
+            found[key] = one, tuple(b for b in others if b is not None)
+        self._packed = found
 
     def _grow(self, room: int) -> None:
         self._room, members, self._members = room, self._members, []

@@ -35,6 +35,7 @@ from .adapters import JOINED, Key, Prepared, Stack, prepare_joined
 MOST_ROWS = 32  # of one decode forward
 CHUNK = 64  # tokens of one prefill forward
 _TILE = 8  # rows are padded to a multiple of it
+_PACKED_ROWS = 16  # of one rank, up to which a packed stack is faster: it multiplies each row by every adapter
 _SPAN = 64  # the cached positions read in a step are rounded up to a multiple of it
 _PACKED_BYTES = 1 << 30  # a base up to this size is kept a second time, packed (docs/decisions/0013)
 
@@ -95,13 +96,18 @@ class Head:
 @dataclass(slots=True)
 class _Group:
     """The rows of a decode step that have adapters of one rank: rows [first, stop), `gather` [members * m] of them for
-    the stacked product, `scatter` [stop - first] back; None where the rows already lie so."""
+    the stacked product, `scatter` [stop - first] back; None where the rows already lie so.
+
+    With a packed stack its products are taken for the rows of `window`, and `others` [window, 1, places * r] is true
+    where a row has no part in what comes out of A."""
 
     stack: Stack
     first: int
     stop: int
-    gather: torch.Tensor | None
-    scatter: torch.Tensor | None
+    gather: torch.Tensor | None = None
+    scatter: torch.Tensor | None = None
+    window: slice | None = None
+    others: torch.Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -186,8 +192,14 @@ class BatchForward:
         groups, first = [], 0
         adapters = [r.adapter for r in rows if r.adapter is not None]
         for rank, same in itertools.groupby(adapters, key=lambda a: a.rank):
-            counts = [len(list(rows)) for _, rows in itertools.groupby(same, key=lambda a: a.digest)]
-            groups.append(self._group(rank, counts, first))
+            counts = [len(list(own)) for _, own in itertools.groupby(same, key=lambda a: a.digest)]
+            stack, stop = self._stack(rank), first + sum(counts)
+            window = _padded(stop - first, _TILE)
+            if stack.is_packed and window <= _PACKED_ROWS:
+                start = min(first, self._row_count(len(rows)) - window)
+                groups.append(self._packed_group(stack, counts, first, slice(start, start + window)))
+            else:
+                groups.append(self._group(rank, counts, first))
             first += sum(counts)
         return groups
 
@@ -204,6 +216,14 @@ class BatchForward:
         gather += [first] * (height * (stack.places - len(counts)))
         scatter = [i * height + j for i, c in enumerate(counts) for j in range(c)]
         return _Group(stack, first, stop, self._index(gather), self._index(scatter))
+
+    def _packed_group(self, stack: Stack, counts: Sequence[int], first: int, window: slice) -> _Group:
+        others = torch.ones(window.stop - window.start, 1, stack.places * stack.rank, dtype=torch.bool)
+        row = first - window.start
+        for place, count in enumerate(counts):
+            others[row : row + count, :, place * stack.rank : (place + 1) * stack.rank] = False
+            row += count
+        return _Group(stack, first, first + sum(counts), window=window, others=others.to(self.device))
 
     def _stack(self, rank: int) -> Stack:
         if rank not in self._stacks:
@@ -391,6 +411,9 @@ class BatchForward:
         for group in step.groups:
             if not group.stack.changes(key):
                 continue
+            if group.others is not None:
+                _add_packed(y, x, group, key)
+                continue
             a, bs = group.stack.get(key)
             which = slice(group.first, group.stop) if group.gather is None else group.gather
             some = y[which].view(len(a), -1, y.shape[1])
@@ -430,6 +453,19 @@ def _with_gains(block: Block) -> Block:
 
 def _times(x: torch.Tensor, weight: Frozen | Packed, bias: torch.Tensor | None) -> torch.Tensor:
     return weight.product(x, bias) if isinstance(weight, Packed) else product(x, weight, bias)
+
+
+def _add_packed(y: torch.Tensor, x: torch.Tensor, group: _Group, key: Key) -> None:
+    """Adds a packed stack's products to the group's rows of y [rows, out]; x [rows, in]."""
+    assert group.window is not None
+    assert group.others is not None
+    a, bs = group.stack.get_packed(key)
+    # Set, not multiplied: another adapter's product may be infinite.
+    small = a.product(x[group.window]).unflatten(1, (len(bs), -1)).masked_fill_(group.others, 0)
+    own = slice(group.first - group.window.start, group.stop - group.window.start)
+    outs = y[group.first : group.stop].split([len(b) for b in bs], dim=-1)
+    for i, (mine, b) in enumerate(zip(outs, bs, strict=True)):
+        mine.add_(b.product(small[:, i])[own])
 
 
 def _by_module(
