@@ -314,16 +314,16 @@ class EmbeddedEngine:
 
     def _end(self, s: Sequence_, reason: FinishReason, *, error: Exception | None = None, **last: Any) -> None:
         s.finished = True
-        if s.slot >= 0:
-            self._running.remove(s)
-            self.forward.free(s.slot)
-            heapq.heappush(self._free_slots, s.slot)
-            s.slot = -1
-        elif s in self._waiting:
+        if s in self._waiting:
             self._waiting.remove(s)
         if s.adapter is not None and s.request.adapter != RUN_ADAPTER:
             self.adapters.release(s.request.adapter or "")
         s.adapter = None
+        if s.slot >= 0:  # last: whoever sees the slot free finds nothing else of the request
+            self._running.remove(s)
+            self.forward.free(s.slot)
+            heapq.heappush(self._free_slots, s.slot)
+            s.slot = -1
         s.listener(Event(finish_reason=reason, error=error, **last))
 
     # ---- adapters and the model ------------------------------------------------------------------------------------
