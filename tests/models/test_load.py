@@ -9,6 +9,7 @@ import socket
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from lora_cmqa.errors import ModelError
 from lora_cmqa.models import load
@@ -202,3 +203,44 @@ def test_an_unwritable_cache_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("CMQA_CACHE", str(tmp_path / "file"))
     with pytest.raises(ModelError, match="CMQA_CACHE="):
         load_model("tiny")
+
+
+# ---- a tokenizer from its files ----------------------------------------------------------------------------------------
+
+
+def saved(tokenizer, folder):
+    """What it would write, but for where it came from."""
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {k: v for k, v in config.items() if k not in ("is_local", "local_files_only")}
+    return kept, {p.name: p.read_bytes() for p in folder.iterdir() if p.name != "tokenizer_config.json"}
+
+
+@pytest.mark.parametrize("name", ["tiny", "embedded"])
+def test_a_tokenizer_of_its_files_is_the_one_that_transformers_loads(name, tmp_path):
+    folder = resolve(name)
+    theirs = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+    ours = load._of_its_files(folder, json.loads((folder / "tokenizer_config.json").read_text()))
+    text = "发烧怎么办？ <|im_end|><eos><end_of_turn> 38.5°C\n  two  spaces"
+    assert ours(text).input_ids == theirs(text).input_ids
+    assert ours(text, split_special_tokens=True).input_ids == theirs(text, split_special_tokens=True).input_ids
+    ids = theirs(text).input_ids
+    assert ours.decode(ids) == theirs.decode(ids)
+    for attribute in ("special_tokens_map", "all_special_ids", "padding_side", "model_max_length", "chat_template"):
+        assert getattr(ours, attribute) == getattr(theirs, attribute), attribute
+    assert saved(ours, tmp_path / "ours") == saved(theirs, tmp_path / "theirs")
+
+
+@pytest.mark.parametrize(
+    ("file", "more"),
+    [("special_tokens_map.json", {}), (None, {"added_tokens_decoder": {"3": {"content": "<x>", "special": True}}})],
+    ids=["older file", "tokens as objects"],
+)
+def test_what_more_there_is_to_put_together_is_left_to_transformers(tmp_path, file, more):
+    folder = tmp_path / "model"
+    shutil.copytree(resolve("tiny"), folder)
+    if file:
+        (folder / file).write_text("{}")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert load._of_its_files(folder, config) is not None or file
+    assert load._of_its_files(folder, config | more) is None
