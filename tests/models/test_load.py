@@ -205,7 +205,7 @@ def test_an_unwritable_cache_is_said(tmp_path, monkeypatch):
         load_model("tiny")
 
 
-# ---- a tokenizer from its files ----------------------------------------------------------------------------------------
+# ---- a tokenizer from its files --------------------------------------------------------------------------------------
 
 
 def saved(tokenizer, folder):

@@ -318,8 +318,8 @@ def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _of_its_files(folder: Path, config: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    """What from_pretrained gives where the settings are words, numbers and lists of them; it reads tokenizer.json three times more (a
-    second for 33 MB). None where there is more to put together: tokens as objects, files of older versions."""
+    """What from_pretrained gives where the settings are words, numbers and lists of them; it parses tokenizer.json
+    three times more (a second for 33 MB). None where there is more to put together: tokens as objects, older files."""
     older = ("special_tokens_map.json", "added_tokens.json", "additional_chat_templates")
     if any((folder / name).exists() for name in older):
         return None
