@@ -126,10 +126,24 @@ def test_late_comers_change_nothing(serving):
 
 def test_the_rows_a_step_is_padded_to_are_measured():
     weight = torch.randn(48, 64)
-    assert steady_rows([weight], MOST_ROWS) in (8, 16, 24, 32)
+    assert steady_rows([weight], MOST_ROWS) in (2, 4, 8, 16, 24, 32)
     assert steady_stack_rows([weight], MOST_ROWS) in (8, 16, 24, 32)
-    forward = BatchForward(load_model("tiny")[0])
-    assert forward.least_rows in (8, 16, 24, 32)
+    engine = BatchForward(load_model("tiny")[0])
+    assert engine.least_rows in (2, 4, 8, 16, 24, 32)
+    for least, counts in ((2, [2, 2, 4, 4, 8, 16, 32]), (8, [8, 8, 8, 8, 8, 16, 32])):
+        engine.least_rows = least
+        assert [engine._row_count(n) for n in (1, 2, 3, 4, 5, 9, 25)] == counts
+
+
+def test_a_product_that_rounds_otherwise_with_few_rows_pads_to_more(monkeypatch):
+    weight = torch.randn(48, 64)
+    for few in (1, 3, 7, 23):
+
+        def times(x, w, bias, few=few):
+            return x @ w.T + (1e-3 if len(x) <= few else 0)
+
+        monkeypatch.setattr(forward, "_times", times)
+        assert steady_rows([weight], MOST_ROWS) >= min(n for n in (2, 4, 8, 16, 24, 32) if n > few)
 
 
 # ---- packed stacks --------------------------------------------------------------------------------------------------

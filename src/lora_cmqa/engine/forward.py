@@ -9,7 +9,7 @@
 
 A row's numbers depend on that row alone. A chunk is computed by itself, so nothing beside it can change its rounding.
 A decode step shares its products, whose rounding depends on how many rows there are: `steady_rows` looks, on this
-machine and with these weights, from how many rows on it no longer does, and steps are padded to that many.
+machine and with these weights, from how many rows on it no longer does, and steps are padded to that many at least.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from .adapters import JOINED, Key, Prepared, Stack, prepare_joined
 
 MOST_ROWS = 32  # of one decode forward
 CHUNK = 64  # tokens of one prefill forward
-_TILE = 8  # rows are padded to a multiple of it
+_TILE = 8  # rows of prompts and stacks are padded to a multiple of it
+_SIZES = (2, 4, *range(_TILE, MOST_ROWS + 1, _TILE))  # rows of a decode step, with those that pad
 _PACKED_ROWS = 16  # of one rank, up to which a packed stack is faster: it multiplies each row by every adapter
 _SPAN = 64  # the cached positions read in a step are rounded up to a multiple of it
 _PACKED_BYTES = 1 << 30  # a base up to this size is kept a second time, packed (docs/decisions/0013)
@@ -194,9 +195,10 @@ class BatchForward:
         for rank, same in itertools.groupby(adapters, key=lambda a: a.rank):
             counts = [len(list(own)) for _, own in itertools.groupby(same, key=lambda a: a.digest)]
             stack, stop = self._stack(rank), first + sum(counts)
-            window = _padded(stop - first, _TILE)
+            every = self._row_count(len(rows))
+            window = min(_padded(stop - first, _TILE), every)
             if stack.is_packed and window <= _PACKED_ROWS:
-                start = min(first, self._row_count(len(rows)) - window)
+                start = min(first, every - window)
                 groups.append(self._packed_group(stack, counts, first, slice(start, start + window)))
             else:
                 groups.append(self._group(rank, counts, first))
@@ -430,7 +432,7 @@ class BatchForward:
         return self.head(F.pad(hidden, (0, 0, 0, self._row_count(rows) - rows)))[:rows]
 
     def _row_count(self, rows: int) -> int:
-        return max(self.least_rows, _padded(rows, _TILE))
+        return next(size for size in _SIZES if size >= max(rows, self.least_rows))
 
     def _added(self, seen: torch.Tensor) -> torch.Tensor:
         return torch.zeros(seen.shape, dtype=self.dtype, device=self.device).masked_fill_(~seen, -torch.inf)
@@ -499,16 +501,16 @@ def _padded(count: int, multiple: int) -> int:
 
 
 def steady_rows(weights: Sequence[Frozen | Packed], most: int) -> int:
-    """The fewest rows, a multiple of 8, to which steps must be padded for a row's product with each of `weights`
+    """The fewest rows, one of _SIZES, to which steps must be padded for a row's product with each of `weights`
     [out, in] to have the same bits whatever else is in the step, for up to `most` rows.
 
-    Libraries cut a product into blocks by its size: here fp32 with 8 rows rounds otherwise than with 16, and bf16
-    with 8 to 32 rows all alike (docs/decisions/0007).
+    Libraries cut a product into blocks by its size: here fp32 with 8 rows rounds otherwise than with 16, and packed
+    bf16 with 2 to 32 rows all alike (docs/decisions/0007).
     """
     packs = torch.empty(0, dtype=torch.bfloat16)
     like = next((w for w in weights if isinstance(w, torch.Tensor)), packs)
     products = [(lambda x, w=w: _times(x, w, None), w.shape[1], like) for w in weights]
-    return _steady(products, list(range(_TILE, most + 1, _TILE)))
+    return _steady(products, [size for size in _SIZES if size <= most])
 
 
 @torch.inference_mode()
