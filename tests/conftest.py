@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,24 @@ def general_probe() -> Path:
 def qwen_v1() -> Path:
     """Reference data made by the original Qwen-v1 stack (not part of the project)."""
     return _shared_or_skip("fixtures/qwen-v1")
+
+
+@pytest.fixture
+def benchmark_script(monkeypatch):
+    """benchmark_script("train") -> benchmarks/train.py as a module, with what stands beside it importable."""
+    folder = ROOT / "benchmarks"
+    monkeypatch.syspath_prepend(str(folder))
+
+    def load(name: str):
+        spec = importlib.util.spec_from_file_location(f"bench_{name}", folder / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    yield load
+    for name in [n for n in sys.modules if n.split(".")[0] == "peers"]:
+        del sys.modules[name]
 
 
 @pytest.fixture

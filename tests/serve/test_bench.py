@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import sys
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("bench_serve", FOLDER / "serve.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_serve", module)
-    spec.loader.exec_module(module)
-    yield module
-    for name in [n for n in sys.modules if n.split(".")[0] == "peers"]:
-        del sys.modules[name]
+def bench(benchmark_script):
+    return benchmark_script("serve")
 
 
 def test_every_pair_of_the_tiny_model_and_a_second_start(bench, tmp_path, monkeypatch):

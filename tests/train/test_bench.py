@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
-
 
 @pytest.fixture
-def bench(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("bench_train", FOLDER / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_train", module)
-    spec.loader.exec_module(module)
+def bench(benchmark_script, monkeypatch):
+    module = benchmark_script("train")
     monkeypatch.setattr(module, "SEARCH", ("hf-bf16-4", "hf-autocast-8"))
     monkeypatch.setattr(
         module.others, "SEARCHES", {"trl": ("trl-dynamic-2", "trl-packing-1"), "msswift": ("msswift-dynamic-2",)}
     )
     for peer in (sys.modules[f"peers.{name}"] for name in ("setting", "hf_trainer", "hf_loop", "ours")):
         monkeypatch.setattr(peer, "ROWS_PER_STEP", 4)
-    yield module
-    for name in [n for n in sys.modules if n.split(".")[0] == "peers"]:
-        del sys.modules[name]
+    return module
 
 
 @pytest.mark.usefixtures("one_thread")

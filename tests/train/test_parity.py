@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
-
-FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
 @pytest.fixture
-def parity(monkeypatch):
-    monkeypatch.syspath_prepend(str(FOLDER))
-    spec = importlib.util.spec_from_file_location("bench_parity", FOLDER / "parity.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for name in [n for n in sys.modules if n.split(".")[0] == "peers"]:
-        del sys.modules[name]
+def parity(benchmark_script):
+    return benchmark_script("parity")
 
 
 @pytest.mark.usefixtures("one_thread")
