@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import pytest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "kill.py"
 
 
 @pytest.fixture
-def kill(monkeypatch):
-    monkeypatch.syspath_prepend(str(FILE.parent))
-    spec = importlib.util.spec_from_file_location("kill", FILE)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "kill", module)
-    spec.loader.exec_module(module)
-    return module
+def kill(benchmark_script):
+    return benchmark_script("kill")
 
 
 def test_case_37_six_kills_at_random_moments(kill, tmp_path):
