@@ -14,14 +14,16 @@ def parity(benchmark_script):
 def test_both_trainers_learn_and_learn_the_same(parity, monkeypatch, capsys):
     monkeypatch.setattr(parity, "LEARNING_RATE", 5e-3)  # the tiny model's
     asked = ["--dry", "--model", "tiny", "--rows", "48", "--steps", "2", "--dev-rows", "8", "--threads", "1"]
-    exact, rounded = parity.main(asked)
-    assert (exact["dtype"], exact["values"]["steps"]) == ("float32", 2)
-    assert (rounded["dtype"], rounded["values"]["steps"]) == ("bfloat16", 3)  # the whole epoch
-    for line in (exact, rounded):
+    exact, wider, rounded = parity.main(asked)
+    assert [line["way"] for line in (exact, wider, rounded)] == ["float32", "float32-loss64", "bfloat16"]
+    assert [line["values"]["steps"] for line in (exact, wider, rounded)] == [2, 2, 3]  # in bfloat16 the whole epoch
+    assert wider["values"]["losses_trainer"] != exact["values"]["losses_trainer"]
+    for line in (exact, wider, rounded):
         dev = line["values"]["dev_loss"]
         assert dev["ours"] < dev["base"] - 0.02
         assert dev["trainer"] < dev["base"] - 0.02
-    assert exact["values"]["loss_apart_most"] <= parity.BARS["float32"]
+    for line in (exact, wider):
+        assert line["values"]["loss_apart_most"] <= parity.BARS["float32"]
     assert rounded["values"]["dev_loss_apart"] <= parity.BARS["bfloat16"]
     assert rounded["values"]["loss_apart_most"] > exact["values"]["loss_apart_most"]  # they are not one run's numbers
     assert "NOT within" not in capsys.readouterr().out
