@@ -166,7 +166,13 @@ def by_trainer(
             remove_unused_columns=False,
             **ADAM,
         )
-        trainer = _InOrder(model, arguments, train_dataset=[{"row": row} for row in rows], data_collator=collated)
+        trainer = _InOrder(
+            model,
+            arguments,
+            train_dataset=[{"row": row} for row in rows],
+            data_collator=collated,
+            compute_loss_func=loss,
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
     return [line["loss"] for line in trainer.state.log_history if "loss" in line], adapter_of(model)
