@@ -48,7 +48,9 @@ def test_a_product_that_is_wrong_here_is_not_taken(monkeypatch):
             return True
 
     monkeypatch.setattr(packed_file, "_operators", Wrong)
+    monkeypatch.setattr(packed_file, "_right", {})
     assert packed(drawn(48, 64)) is None
+    packed_file._right.clear()
     monkeypatch.setattr(Wrong, "_linear_pointwise", lambda *_: (_ for _ in ()).throw(RuntimeError("no such product")))
     assert packed(drawn(48, 64)) is None
 

@@ -37,8 +37,8 @@ JOINED = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-# Packing eight adapters of rank 16 takes as long as five steps gain by it (embedded base; docs/LOG.md).
-PACK_AFTER = 6  # steps with the same members
+# Packing eight adapters of rank 16 takes as long as some fifteen steps gain by it (embedded base; docs/LOG.md).
+PACK_AFTER = 16  # steps with the same members
 _PACKED_BYTES = 256 << 20  # of a stack, which is then held twice
 _PLACE = re.compile(r"(?:^|\.)layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)$")
 Key = tuple[int, str]  # layer, name of the joined projection
