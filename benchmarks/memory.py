@@ -2,7 +2,8 @@
 
     python benchmarks/memory.py            what results/memory.jsonl lacks for this commit, and the table
     python benchmarks/memory.py --keeps-freed     where the C library keeps freed blocks, over twelve more steps
-    python benchmarks/memory.py --table    prints both only
+    python benchmarks/memory.py --long     240 steps of ever new sizes: does it still grow after the first quarter?
+    python benchmarks/memory.py --table    prints the tables only
     python benchmarks/memory.py --device cuda     presets with random weights under their cap, on a card
 
 A child builds the model (random weights of a shape, or the embedded base), puts LoRA on it, notes its resident memory,
@@ -87,6 +88,29 @@ def measure(case: Case, more_steps: int = 0) -> dict[str, Any]:
 
     more_steps  that many micro-batches of other sizes follow, and freed blocks are left to the C library
     """
+    shape = shape_of_case(case)
+    small, full, *others = packs_of(case, shape, more_steps)
+    marks = _growth_after_each(case, (small, full, *others), gives_back=not more_steps)
+    return _beside_the_plan(setup_of_case(case, more_steps), full, marks[-1])
+
+
+def _beside_the_plan(setup: Setup, full: Pack, measured: int) -> dict[str, Any]:
+    predicted = growth(setup)
+    return {
+        "pack": {"tokens": full.tokens, "longest": max(full.row_lengths), "taught": full.supervised_tokens},
+        "predicted": predicted.bytes,
+        "measured": measured,
+        "error": round(predicted.bytes / measured - 1, 4),
+        "phase": predicted.name,
+        "ledger": [asdict(row) for row in predicted.rows],
+        "parameters": setup.shape.parameters,
+        "threads": 1,
+    }
+
+
+def _growth_after_each(case: Case, packs: Sequence[Pack], *, gives_back: bool) -> list[int]:
+    """Bytes of the high-water mark above the level after loading, after a step on each of `packs`: a small one first,
+    which makes the moments that the full one then finds there."""
     import torch
 
     from lora_cmqa.core import Batch
@@ -97,50 +121,41 @@ def measure(case: Case, more_steps: int = 0) -> dict[str, Any]:
     from lora_cmqa.train.optim import adamw
     from lora_cmqa.train.step import train_step
 
+    torch.set_num_threads(1)
     bound_compiled_products()
-    if not more_steps:
+    if gives_back:
         give_back_what_is_freed()
-    model, shape = _model(case)
+    model, _ = _model(case)
     model = inject_lora(model, r=case.r)
     if case.checkpoint_layers:
         checkpoint_activations(model, case.checkpoint_layers)
     reason = why_plain(model)
     assert reason is None, reason
-    small, full, *others = packs_of(case, shape, more_steps)
     optimizer = adamw(lora_parameters(model))
     read_mapped_weights(model)
     trim_heap()
     level = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
-    for packed in (small, full, *others):  # the small one makes the moments, which the full one then finds there
+    marks = []
+    for packed in packs:
         batch = Batch((packed,), step=1, epoch=1.0, step_supervised_tokens=packed.supervised_tokens)
         train_step(model, batch, optimizer, learning_rate=1e-4, head_chunk=case.head_chunk)
-    measured = _resident("VmHWM") - level
-    predicted = growth(setup_of_case(case, more_steps))
-    return {
-        "pack": {"tokens": full.tokens, "longest": max(full.row_lengths), "taught": full.supervised_tokens},
-        "predicted": predicted.bytes,
-        "measured": measured,
-        "error": round(predicted.bytes / measured - 1, 4),
-        "phase": predicted.name,
-        "ledger": [asdict(row) for row in predicted.rows],
-        "parameters": shape.parameters,
-        "threads": torch.get_num_threads(),
-    }
+        marks.append(_resident("VmHWM") - level)
+    return marks
 
 
 def packs_of(case: Case, shape: Shape, more: int = 0) -> tuple[Pack, ...]:
     """One row, a full micro-batch, `more` others, all of random rows, two thirds of each taught."""
     draw = np.random.default_rng(0)
-    rows = []
     count = (4 + 2 * more) * case.max_tokens // case.length
-    for i, n in enumerate(draw.integers(case.length // 2, case.length + 1, count)):
-        ids = draw.integers(0, shape.vocab, n).astype(np.int32)
-        labels = ids.copy()
-        labels[: n // 3] = -100
-        rows.append(TokenizedExample(ids, labels, str(i), str(i)))
+    rows = [_row(draw, int(n), shape) for n in draw.integers(case.length // 2, case.length + 1, count)]
     packs = pack(rows, max_tokens=case.max_tokens)
     return pack(rows[-1:], max_tokens=case.max_tokens)[0], *packs[: 1 + more]
+
+
+def _row(draw: np.random.Generator, tokens: int, shape: Shape) -> TokenizedExample:
+    ids = draw.integers(0, shape.vocab, tokens).astype(np.int32)
+    return TokenizedExample(ids, np.where(np.arange(tokens) < tokens // 3, -100, ids), "row", "row")
 
 
 def shape_of_case(case: Case) -> Shape:
@@ -153,7 +168,10 @@ def shape_of_case(case: Case) -> Shape:
 
 def setup_of_case(case: Case, more_steps: int = 0) -> Setup:
     shape = shape_of_case(case)
-    full = packs_of(case, shape, more_steps)[1]
+    return _setup(case, shape, packs_of(case, shape, more_steps)[1], gives_back=not more_steps)
+
+
+def _setup(case: Case, shape: Shape, full: Pack, *, gives_back: bool) -> Setup:
     return Setup(
         shape,
         dtype=case.dtype,
@@ -166,7 +184,7 @@ def setup_of_case(case: Case, more_steps: int = 0) -> Setup:
         checkpoint_layers=case.checkpoint_layers,
         head_chunk=case.head_chunk,
         on_gpu=False,
-        gives_back=not more_steps,
+        gives_back=gives_back,
     )
 
 
@@ -325,6 +343,55 @@ def run_on_a_card() -> None:
         print(f"{preset}: {values['predicted'] / 1e9:.2f} GB predicted, {values['measured'] / 1e9:.2f} GB measured")
 
 
+# ---- a long run ------------------------------------------------------------------------------------------------------
+
+
+LONG, LONG_STEPS = Case("qwen3:512:18:8:4:128:2048:32000", "bfloat16", 512, 1024), 240  # 0.1 billion
+
+
+def measure_long(gives_back: bool) -> dict[str, Any]:
+    """As `measure`, over LONG_STEPS steps whose rows and sizes are drawn anew; growth after each quarter beside it."""
+    shape, draw = shape_of_case(LONG), np.random.default_rng(0)
+    packs = []
+    for room in draw.integers(LONG.max_tokens // 2, LONG.max_tokens + 1, LONG_STEPS):
+        rows, tokens = list[TokenizedExample](), 0
+        while (n := int(draw.integers(LONG.length // 8, LONG.length + 1))) + tokens <= room or not rows:
+            rows, tokens = [*rows, _row(draw, n, shape)], tokens + n
+        packs.append(pack(rows, max_tokens=LONG.max_tokens)[0])
+    marks = _growth_after_each(LONG, packs, gives_back=gives_back)
+    setups = [_setup(LONG, shape, p, gives_back=gives_back) for p in packs]
+    fullest = max(range(LONG_STEPS), key=lambda i: growth(setups[i]).bytes)
+    steps = (1, 10, *(LONG_STEPS * k // 4 for k in (1, 2, 3, 4)))
+    return _beside_the_plan(setups[fullest], packs[fullest], marks[-1]) | {
+        "sizes": len({p.tokens for p in packs}),
+        "fullest_step": fullest + 1,
+        "after_steps": {str(step): marks[step - 1] for step in steps},
+    }
+
+
+def run_long() -> None:
+    import lora_cmqa.train.loop  # noqa: F401
+
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for gives_back in (True, False):
+            line = result_line(
+                "memory",
+                pool.apply(measure_long, (gives_back,)),
+                device=_processor(),
+                versions=versions("torch", "transformers", "peft"),
+                data="random rows, two thirds taught",
+                settings=asdict(LONG) | {"steps": LONG_STEPS, "gives_back": gives_back},
+                seed=0,
+            )
+            keep(line, "memory")
+            values = line["values"]
+            after = "  ".join(f"{step}: {mark / 1e9:.2f}" for step, mark in values["after_steps"].items())
+            print(
+                f"gives back {gives_back}: {values['predicted'] / 1e9:.2f} GB predicted, after steps {after}",
+                flush=True,
+            )
+
+
 # ---- all of them -----------------------------------------------------------------------------------------------------
 
 
@@ -403,6 +470,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--cases", type=int, nargs="*", help="numbers of CASES; all of them where none is named")
     parser.add_argument("--keeps-freed", action="store_true")
+    parser.add_argument("--long", action="store_true")
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--card-child", choices=tuple(ON_A_CARD))
@@ -414,6 +482,9 @@ def main() -> None:
         return
     if asked.device == "cuda":
         run_on_a_card()
+        return
+    if asked.long:
+        run_long()
         return
     if asked.table:
         table()
