@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -327,20 +326,9 @@ def test_recomputed_layers_come_when_the_others_are_gone():
 # ---- the ledger against what processes took: benchmarks/results/memory.jsonl -----------------------------------------
 
 
-@pytest.fixture
-def bench(monkeypatch):
-    folder = Path(__file__).resolve().parents[2] / "benchmarks"
-    monkeypatch.syspath_prepend(str(folder))
-    spec = importlib.util.spec_from_file_location("bench_memory", folder / "memory.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, "bench_memory", module)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_ledger_is_within_a_tenth_of_what_was_measured(bench):
+def test_the_ledger_is_within_a_tenth_of_what_was_measured(benchmark_script):
     """By the ledger as it is now, on every configuration of 500 MB and more; the odd ones no constant has seen."""
-    found = {n: (p, m) for n, (p, m) in bench.predicted_and_measured().items() if p >= 500e6}
+    found = {n: (p, m) for n, (p, m) in benchmark_script("memory").predicted_and_measured().items() if p >= 500e6}
     assert len(found) >= 20
     assert len([n for n in found if n % 2]) >= 10
     assert {n: p / m - 1 for n, (p, m) in found.items() if abs(p / m - 1) > 0.1} == {}
