@@ -80,16 +80,13 @@ def packed_attention_varlen(
     *,
     scale: float,
     window: int | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-    parents: Sequence[int] = (),
+    **others: Any,
 ) -> torch.Tensor:
     """`packed_attention` by torch's own FlashAttention over rows of any lengths (torch.nn.attention.varlen, GPU, 16
-    bits): nothing is padded or grouped. What it has no word for (trees, wide heads) goes the other way."""
-    if softcap is not None or dropout > 0 or parents or q.shape[-1] > _WIDEST_HEAD or q.shape[-1] % 8:
-        return packed_attention(
-            q, k, v, row_lengths, scale=scale, window=window, softcap=softcap, dropout=dropout, parents=parents
-        )
+    bits): nothing is padded or grouped. What it has no word for (wide heads, and all `others`: trees, softcap,
+    dropout) goes the other way."""
+    if any(others.values()) or q.shape[-1] > _WIDEST_HEAD or q.shape[-1] % 8:
+        return packed_attention(q, k, v, row_lengths, scale=scale, window=window, **others)
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = _ends(tuple(row_lengths), q.device), max(row_lengths)

@@ -40,7 +40,7 @@ from .plan import (
 )
 
 FILE = "memory.json"
-_AMPLE = 2
+_AMPLE = 2  # times what the plan needs
 _OFF = 0.1  # further off, the row that is off most is named
 
 
