@@ -1,16 +1,21 @@
 """Many requests, many adapters, one base: everyone gets what they would get alone."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from lora_cmqa.engine import adapters, forward
+from lora_cmqa.engine import forward
 from lora_cmqa.engine.base import RUN_ADAPTER, Request
 from lora_cmqa.engine.embedded import EmbeddedEngine
-from lora_cmqa.engine.forward import MOST_ROWS, BatchForward, steady_rows, steady_stack_rows
+from lora_cmqa.engine.forward import MOST_ROWS, BatchForward, steady_rows
 from lora_cmqa.engine.plain import PlainForward
+from lora_cmqa.engine.row_wise import RowWise
 from lora_cmqa.engine.sampling import SamplingParams
+from lora_cmqa.engine.stacked import Stacked, steady_stack_rows
 from lora_cmqa.errors import AdapterError, ConfigError
-from lora_cmqa.kernels.packed import can_pack
+from lora_cmqa.kernels import adapter_rows
 from lora_cmqa.lora.inject import inject_lora
 from lora_cmqa.models.load import load_model
 
@@ -90,20 +95,36 @@ def test_what_the_fast_way_has_no_words_for_takes_the_plain_one():
 # ---- alone or in a crowd: the same bits -----------------------------------------------------------------------------
 
 
+@pytest.fixture
+def stacked(monkeypatch):
+    """Engines made from now on add adapters as on a GPU, or where the kernel was not compiled."""
+    monkeypatch.setattr(adapter_rows, "why_not", lambda device, dtype: "switched off")
+
+
+@pytest.fixture(params=[RowWise, Stacked])
+def way(request):
+    """Of adding adapters, in float32 and bfloat16."""
+    if request.param is Stacked:
+        request.getfixturevalue("stacked")
+    elif adapter_rows.why_not(torch.device("cpu"), torch.float32):
+        pytest.skip("the compiled kernel is not here")
+    return request.param
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["tiny", "tiny-gemma3"])
-def test_an_answer_does_not_depend_on_what_else_is_asked(serving, kind, dtype):
+def test_an_answer_does_not_depend_on_what_else_is_asked(serving, kind, dtype, way):
     engine = serving(kind, dtype, prefix_memory=0)
     alone = [engine.generate([r])[0] for r in CROWD]
     together = engine.generate([*CROWD, *(asks(x, 50 + i, 3 + i) for i, x in enumerate("abcd" * 5))])
     for request, one, other in zip(CROWD, together[: len(CROWD)], alone, strict=True):
-        if dtype == "float32" or request.adapter is None:
+        if way is RowWise or dtype == "float32" or request.adapter is None:
             assert bits(one) == bits(other)
         else:  # stacked 16-bit products: the same bits on the processors seen, not promised on all (decision 0007)
             assert one.logprobs[0].logprob == pytest.approx(other.logprobs[0].logprob, abs=0.05)
 
 
-def test_base_rows_beside_adapters_are_the_base_bit_for_bit(serving):
+def test_base_rows_beside_adapters_are_the_base_bit_for_bit(serving, way):
     """Case 27's arithmetic: a base row's products are those of a base-only batch, and no adapter's sum touches it."""
     for dtype in ("float32", "bfloat16"):
         bare = serving(dtype=dtype).generate([asks(None, i) for i in range(5)])
@@ -146,77 +167,50 @@ def test_a_product_that_rounds_otherwise_with_few_rows_pads_to_more(monkeypatch)
         assert steady_rows([weight], MOST_ROWS) >= min(n for n in (2, 4, 8, 16, 24, 32) if n > few)
 
 
-# ---- packed stacks --------------------------------------------------------------------------------------------------
-
-needs_packing = pytest.mark.skipif(
-    not can_pack(torch.device("cpu"), torch.bfloat16), reason="this processor or build has no packed bfloat16 product"
-)
+# ---- two ways of adding ---------------------------------------------------------------------------------------------
 
 
-@needs_packing
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["tiny", "tiny-gemma3"])
 @pytest.mark.parametrize("names", ["abd", "aab", ["a", "c", None, "b", "d", None], ["c"], [*"aaaaaaac", None]])
-def test_a_packed_stack_answers_as_an_unpacked_one(serving, kind, names, monkeypatch):
-    asked = [asks(x, 10 + i, 5 + i) for i, x in enumerate(names)]
-    unpacked = serving(kind, "bfloat16")
-    monkeypatch.setattr(adapters, "PACK_AFTER", 10**9)
-    want = unpacked.generate(asked)
-    assert not any(s.is_packed for s in unpacked.forward._stacks.values())
-    monkeypatch.setattr(adapters, "PACK_AFTER", 1)
-    engine, added = serving(kind, "bfloat16"), []
-    monkeypatch.setattr(forward, "_add_packed", lambda *a, add=forward._add_packed: (added.append(a), add(*a)))
+def test_row_by_row_answers_as_stacked(serving, kind, names, dtype, request):
+    if adapter_rows.why_not(torch.device("cpu"), getattr(torch, dtype)):
+        pytest.skip("the compiled kernel is not here")
+    asked = [asks(x, 10 + i, 5 + 20 * i) for i, x in enumerate(names)]
+    engine = serving(kind, dtype)
+    assert isinstance(engine.forward.adding, RowWise)
     got = engine.generate(asked)
-    assert added
-    for request, one, other in zip(asked, got, want, strict=True):
-        if request.adapter is None:
-            assert bits(one) == bits(other)
-        for x, y in zip(one.logprobs, other.logprobs, strict=True):
-            assert x.logprob == pytest.approx(y.logprob, abs=0.05)
+    request.getfixturevalue("stacked")
+    other = serving(kind, dtype)
+    assert isinstance(other.forward.adding, Stacked)
+    assert other.forward.why_stacked == "switched off"
+    for asking, one, twin in zip(asked, got, other.generate(asked), strict=True):
+        if asking.adapter is None:
+            assert bits(one) == bits(twin)
+        for x, y in zip(one.logprobs, twin.logprobs, strict=True):
+            assert x.logprob == pytest.approx(y.logprob, abs=1e-4 if dtype == "float32" else 0.05)
             if x.token != y.token:  # near a tie; from here on they answer differently
                 break
 
 
-@needs_packing
-def test_a_stack_is_packed_when_its_members_stay(serving, monkeypatch):
-    engine = serving(dtype="bfloat16")
-    members = [engine.adapters.acquire(x) for x in ("a", "b", "d")]
-    stack = engine.forward._stack(4)
-    for wanted in (members[:2], members[::2]):
-        for _ in range(adapters.PACK_AFTER):
-            stack.arrange(wanted)
-            assert not stack.is_packed
-        stack.arrange(wanted[::-1])  # in another order: the same members
-        assert stack.is_packed
-        stack.arrange(members)
-        assert not stack.is_packed
-    monkeypatch.setattr(adapters, "_PACKED_BYTES", 1)
-    for _ in range(adapters.PACK_AFTER + 2):
-        stack.arrange(members)
-    assert not stack.is_packed
-
-
-@needs_packing
-def test_an_adapter_whose_products_overflow_spoils_no_one_elses(monkeypatch):
-    monkeypatch.setattr(adapters, "PACK_AFTER", 1)
-    draw = torch.Generator().manual_seed(0)
-    key, like = (0, "down"), torch.empty(0, dtype=torch.bfloat16)
-    a, b = torch.randn(2, 4, 16, generator=draw).bfloat16(), torch.randn(2, 4, 8, generator=draw).bfloat16()
-    a[1] *= 1e30
-    stack = adapters.Stack({key: (16, (8,))}, 4, like)
-    members = [adapters.Prepared(str(i), 4, {key: (a[i], (b[i],))}, {}, 0) for i in range(2)]
-    for _ in range(2):
-        places = [int(m.digest) for m in stack.arrange(members)]
-    assert stack.is_packed
-    x, y = torch.randn(8, 16, generator=draw).bfloat16(), torch.zeros(8, 8, dtype=torch.bfloat16)
-    x[0] *= 1e20
-    others = torch.ones(8, 1, 8, dtype=torch.bool)
-    for row, member in enumerate([0, 1, 0]):
-        others[row, :, 4 * places.index(member) : 4 * places.index(member) + 4] = False
-    forward._add_packed(y, x, forward._Group(stack, 0, 3, window=slice(0, 8), others=others), key)
-    assert not (x[0] @ a[1].T).isfinite().all()
-    for row in (0, 2):
-        torch.testing.assert_close(y[row], (x[row] @ a[0].T) @ b[0], rtol=2e-2, atol=1e-2 * float(y[row].abs().max()))
-    assert not y[3:].any()
+def test_who_comes_and_goes_leaves_nothing_behind(serving):
+    engine = serving(dtype="float32")
+    if not isinstance(engine.forward.adding, RowWise):
+        pytest.skip("the compiled kernel is not here")
+    engine.generate([asks("a", 1), asks("b", 2)])
+    engine.forget("a"), engine.forget("b")
+    held = [weakref.ref(t) for t in ()]
+    for name in "ab":
+        prepared = engine.adapters.acquire(name)
+        held += [weakref.ref(ab.a) for ab in prepared.parts.values()]
+        engine.adapters.release(name)
+    del prepared
+    engine.generate([asks("a", 1), asks("b", 2)])
+    assert all(r() is not None for r in held)
+    engine.forget("a"), engine.forget("b")
+    gc.collect()
+    assert held
+    assert not any(r() is not None for r in held)
 
 
 # ---- beginnings computed once ---------------------------------------------------------------------------------------

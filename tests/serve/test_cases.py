@@ -1,7 +1,6 @@
 """What a stranger may send, and what must not happen then. Named after the cases of the project's reference list."""
 
 import ast
-import gc
 import json
 import os
 import random
@@ -384,12 +383,12 @@ def test_case_36_clients_that_vanish_leave_nothing(made_adapters, count):
                 if i % 3 == 0:
                     time.sleep(0.02)
         deadline = time.monotonic() + 20
-        while len(server.service.engine._free_slots) < 4 or server.service.open_responses:
-            assert time.monotonic() < deadline, server.service.engine.load
+        engine = server.service.engine
+        # All at once: a connection that is only now accepted is served for a moment.
+        while len(engine._free_slots) < 4 or server.service.open_responses or engine.adapters._users:
+            assert time.monotonic() < deadline, (engine.load, engine.adapters._users)
             time.sleep(0.02)
-        assert sorted(server.service.engine._free_slots) == [0, 1, 2, 3]
-        gc.collect()
-        assert server.service.engine.adapters._users == {}
+        assert sorted(engine._free_slots) == [0, 1, 2, 3]
         assert server.text("cardio")
 
 

@@ -4,7 +4,7 @@
     decode    one token of each request -> hidden states [rows, width]
 
     slot      keys and values of one request, positions 0 ..., [slots, kv_heads, room, head_dim] a layer
-    rows      a a b . .    adapters side by side: Stack's products go to the first rows,
+    rows      a a b . .    each adapter's together, in whatever order the way of adding wants (adapters.py);
               0 1 2 3 4    rows of the bare base come last and are never touched by an adapter
 
 A row's numbers depend on that row alone. A chunk is computed by itself, so nothing beside it can change its rounding.
@@ -14,14 +14,14 @@ machine and with these weights, from how many rows on it no longer does, and ste
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
+from ..kernels import adapter_rows
 from ..kernels.head import shaped_logits
 from ..kernels.packed import Packed, can_pack, packed
 from ..kernels.quantized import Frozen, product
@@ -30,13 +30,14 @@ from ..lora.decoder import Table, logit_shape, normed, rotary_tables, turned_hea
 from ..lora.family import Block, Norm, Projection, Unsupported, read_body
 from ..lora.low_rank import LowRank
 from ..messages import say
-from .adapters import JOINED, Key, Prepared, Stack, prepare_joined
+from .adapters import JOINED, Adding, Key, Prepared
+from .row_wise import RowWise
+from .stacked import Stacked
 
 MOST_ROWS = 32  # of one decode forward
 CHUNK = 64  # tokens of one prefill forward
-_TILE = 8  # rows of prompts and stacks are padded to a multiple of it
+_TILE = 8  # rows of a step are padded to a multiple of it
 _SIZES = (2, 4, *range(_TILE, MOST_ROWS + 1, _TILE))  # rows of a decode step, with those that pad
-_PACKED_ROWS = 16  # of one rank, up to which a packed stack is faster: it multiplies each row by every adapter
 _SPAN = 64  # the cached positions read in a step are rounded up to a multiple of it
 _PACKED_BYTES = 1 << 30  # a base up to this size is kept a second time, packed (docs/decisions/0013)
 
@@ -95,23 +96,6 @@ class Head:
 
 
 @dataclass(slots=True)
-class _Group:
-    """The rows of a decode step that have adapters of one rank: rows [first, stop), `gather` [members * m] of them for
-    the stacked product, `scatter` [stop - first] back; None where the rows already lie so.
-
-    With a packed stack its products are taken for the rows of `window`, and `others` [window, 1, places * r] is true
-    where a row has no part in what comes out of A."""
-
-    stack: Stack
-    first: int
-    stop: int
-    gather: torch.Tensor | None = None
-    scatter: torch.Tensor | None = None
-    window: slice | None = None
-    others: torch.Tensor | None = None
-
-
-@dataclass(slots=True)
 class _Step:
     """What all layers of one decode share. n rows are real, the others pad."""
 
@@ -122,7 +106,7 @@ class _Step:
     length: int  # cached positions read
     masks: dict[int | None, torch.Tensor]  # by window, [slots read, 1, 1, length], added to the scores
     tables: dict[str | None, Table]
-    groups: list[_Group]
+    whose: Any  # Adding's word for whose each row is
 
 
 class BatchForward:
@@ -148,15 +132,13 @@ class BatchForward:
         self._keys = [self._no_cache(b) for b in self.body.blocks]
         self._values = [self._no_cache(b) for b in self.body.blocks]
         self._reserved: dict[int, int] = {}
-        self._stacks: dict[int, Stack] = {}
-        self._widths = {(i, name): _outputs(block, name) for i, block in enumerate(self.body.blocks) for name in JOINED}
         self._weights: dict[Key, Frozen | Packed] = {
             (i, name): getattr(block, name).weight for i, block in enumerate(self.body.blocks) for name in JOINED
         }
         self._pack()
         shapes = {(len(w), w.shape[1]): w for w in self._weights.values()}
         self.least_rows = steady_rows([*shapes.values(), self.head.packed or self.head.module.weight], MOST_ROWS)
-        self._least_of_rank: dict[int, int] = {}
+        self.adding, self.why_stacked = self._way_of_adding()
 
     def _pack(self) -> None:
         """Each weight packed, where this machine has products for it and all of them are small enough for a copy."""
@@ -170,82 +152,31 @@ class BatchForward:
 
     # ---- adapters ------------------------------------------------------------------------------------------------
 
+    def _way_of_adding(self) -> tuple[Adding, str | None]:
+        """And why not the faster one, on a CPU."""
+        shapes = {
+            (i, name): (getattr(block, name).weight.shape[1], _outputs(block, name))
+            for i, block in enumerate(self.body.blocks)
+            for name in JOINED
+        }
+        reason = adapter_rows.why_not(self.device, self.dtype)
+        if reason is None:
+            return RowWise(shapes, self.dtype), None
+        return Stacked(shapes, self._like, MOST_ROWS), reason if self.device.type == "cpu" else None
+
     def prepare(self, digest: str, pairs: LowRank) -> Prepared:
-        return prepare_joined(digest, pairs, self._widths, self.dtype, self.device)
+        return self.adding.prepare(digest, pairs)
 
     def _arranged(self, rows: Sequence[Row]) -> list[int]:
-        """Indices of `rows` as they stand in a step: by rank, each rank's adapters in the order of their places in its
-        stack, so that its products need no copy where all have as many rows; the bare base last."""
+        """Indices of `rows` as they stand in a step: each adapter's together, the bare base last."""
         adapters = {r.adapter.digest: r.adapter for r in rows if r.adapter is not None}
-        places: dict[str, int] = {}
-        for rank in {a.rank for a in adapters.values()}:
-            members = self._stack(rank).arrange([a for a in adapters.values() if a.rank == rank])
-            places |= {m.digest: i for i, m in enumerate(members)}
+        places = self.adding.places(list(adapters.values()))
 
-        def place(i: int) -> tuple[bool, int, int, int]:
+        def place(i: int) -> tuple[bool, Any, int]:
             a = rows[i].adapter
-            return (True, 0, 0, rows[i].slot) if a is None else (False, a.rank, places[a.digest], rows[i].slot)
+            return (True, None, rows[i].slot) if a is None else (False, places[a.digest], rows[i].slot)
 
         return sorted(range(len(rows)), key=place)
-
-    def _groups(self, rows: Sequence[Row]) -> list[_Group]:
-        """`rows` stand as `_arranged` puts them."""
-        groups, first = [], 0
-        adapters = [r.adapter for r in rows if r.adapter is not None]
-        for rank, same in itertools.groupby(adapters, key=lambda a: a.rank):
-            counts = [len(list(own)) for _, own in itertools.groupby(same, key=lambda a: a.digest)]
-            stack, stop = self._stack(rank), first + sum(counts)
-            every = self._row_count(len(rows))
-            window = min(_padded(stop - first, _TILE), every)
-            if stack.is_packed and window <= _PACKED_ROWS:
-                start = min(first, every - window)
-                groups.append(self._packed_group(stack, counts, first, slice(start, start + window)))
-            else:
-                groups.append(self._group(rank, counts, first))
-            first += sum(counts)
-        return groups
-
-    def _group(self, rank: int, counts: Sequence[int], first: int) -> _Group:
-        """`counts`: rows of each member of the rank's stack, which stand from row `first` on."""
-        stack, stop, most = self._stack(rank), first + sum(counts), max(counts)
-        # 16-bit rows are taken as they come: padding them to equal rounding costs more than the products do, and what
-        # differs is a last bit now and then (docs/decisions/0007).
-        height = most if self.dtype.itemsize == 2 else max(_padded(most, _TILE), self._least_for(rank))
-        if len(counts) == stack.places and all(c == height for c in counts):
-            return _Group(stack, first, stop, None, None)
-        starts = [first + sum(counts[:i]) for i in range(len(counts))]
-        gather = [s + min(j, c - 1) for s, c in zip(starts, counts, strict=True) for j in range(height)]
-        gather += [first] * (height * (stack.places - len(counts)))
-        scatter = [i * height + j for i, c in enumerate(counts) for j in range(c)]
-        return _Group(stack, first, stop, self._index(gather), self._index(scatter))
-
-    def _packed_group(self, stack: Stack, counts: Sequence[int], first: int, window: slice) -> _Group:
-        others = torch.ones(window.stop - window.start, 1, stack.places * stack.rank, dtype=torch.bool)
-        row = first - window.start
-        for place, count in enumerate(counts):
-            others[row : row + count, :, place * stack.rank : (place + 1) * stack.rank] = False
-            row += count
-        return _Group(stack, first, first + sum(counts), window=window, others=others.to(self.device))
-
-    def _stack(self, rank: int) -> Stack:
-        if rank not in self._stacks:
-            shapes = {
-                (i, name): (getattr(block, name).weight.shape[1], self._widths[i, name])
-                for i, block in enumerate(self.body.blocks)
-                for name in JOINED
-            }
-            self._stacks[rank] = Stack(shapes, rank, self._like)
-        return self._stacks[rank]
-
-    def _least_for(self, rank: int) -> int:
-        """Rows of one adapter, measured for A and B of each kind of projection."""
-        if rank not in self._least_of_rank:
-            like, matrices = self._like, []
-            for name in JOINED:
-                inner, k = getattr(self.body.blocks[0], name).weight.shape[1], len(JOINED[name]) * rank
-                matrices += [like.new_empty(k, inner), *(like.new_empty(out, rank) for out in self._widths[0, name])]
-            self._least_of_rank[rank] = steady_stack_rows([m.normal_() for m in matrices], MOST_ROWS)
-        return self._least_of_rank[rank]
 
     # ---- the cache -------------------------------------------------------------------------------------------------
 
@@ -284,7 +215,7 @@ class BatchForward:
                 x[slot, :, start : start + layer.shape[1]] = layer
 
     def trim(self) -> None:
-        self._stacks.clear()
+        self.adding.clear()
 
     # ---- prefill -----------------------------------------------------------------------------------------------
 
@@ -294,8 +225,9 @@ class BatchForward:
         positions = torch.arange(start, end, device=self.device)
         tables = rotary_tables(self.body, x, positions)
         masks = self._chunk_masks(start, end)
+        whose, last = (self.adding.alone(adapter, n) if adapter else None for n in (count, 1))
         for i, block in enumerate(self.body.blocks):
-            qkv = self._project(normed(x, block.before_attention), block.qkv, adapter, (i, "qkv"))
+            qkv = self._project(normed(x, block.before_attention), block.qkv, whose, (i, "qkv"))
             q, k, v = turned_heads(qkv, block, tables[block.rotary_kind])
             keys, values = self._keys[i][slot], self._values[i][slot]
             keys[:, start:end], values[:, start:end] = k.transpose(0, 1), v.transpose(0, 1)
@@ -310,12 +242,12 @@ class BatchForward:
             )
             seen = seen[0].transpose(0, 1).reshape(count, -1)
             if i == len(self.body.blocks) - 1:  # only the last token goes on
-                x, seen = x[-1:], seen[-1:]
-            x = x + normed(self._project(seen, block.out, adapter, (i, "out")), block.after_attention)
+                x, seen, whose = x[-1:], seen[-1:], last
+            x = x + normed(self._project(seen, block.out, whose, (i, "out")), block.after_attention)
             inner = gated(
-                self._project(normed(x, block.before_mlp), block.gate_up, adapter, (i, "gate_up")), block.activation
+                self._project(normed(x, block.before_mlp), block.gate_up, whose, (i, "gate_up")), block.activation
             )
-            x = x + normed(self._project(inner, block.down, adapter, (i, "down")), block.after_mlp)
+            x = x + normed(self._project(inner, block.down, whose, (i, "down")), block.after_mlp)
         return normed(x, self.body.norm)
 
     def _chunk_masks(self, start: int, end: int) -> dict[int | None, torch.Tensor | None]:
@@ -331,13 +263,10 @@ class BatchForward:
             masks[window] = self._added(seen)
         return masks
 
-    def _project(self, x: torch.Tensor, projection: Projection, adapter: Prepared | None, key: Key) -> torch.Tensor:
+    def _project(self, x: torch.Tensor, projection: Projection, whose: Any, key: Key) -> torch.Tensor:
+        """The base's product for all rows, then what their adapters add to it."""
         y = _times(x, self._weights[key], projection.bias)
-        if adapter is not None and key in adapter.parts:
-            a, bs = adapter.parts[key]
-            for mine, small, b in _by_module(y, x @ a.t(), bs):
-                mine.addmm_(small, b)
-        return y
+        return y if whose is None else self.adding.add(y, x, key, whose)
 
     # ---- decode ------------------------------------------------------------------------------------------------
 
@@ -346,15 +275,16 @@ class BatchForward:
         ordered = [rows[i] for i in order]
         step, x = self._begin(ordered)
         for i, block in enumerate(self.body.blocks):
-            qkv = self._stacked(normed(x, block.before_attention), block.qkv, step, (i, "qkv"))
+            qkv = self._project(normed(x, block.before_attention), block.qkv, step.whose, (i, "qkv"))
             q, k, v = turned_heads(qkv, block, step.tables[block.rotary_kind])
             x = x + normed(
-                self._stacked(self._attend(q, k, v, block, i, step), block.out, step, (i, "out")), block.after_attention
+                self._project(self._attend(q, k, v, block, i, step), block.out, step.whose, (i, "out")),
+                block.after_attention,
             )
             inner = gated(
-                self._stacked(normed(x, block.before_mlp), block.gate_up, step, (i, "gate_up")), block.activation
+                self._project(normed(x, block.before_mlp), block.gate_up, step.whose, (i, "gate_up")), block.activation
             )
-            x = x + normed(self._stacked(inner, block.down, step, (i, "down")), block.after_mlp)
+            x = x + normed(self._project(inner, block.down, step.whose, (i, "down")), block.after_mlp)
         back = sorted(range(len(order)), key=order.__getitem__)
         return normed(x, self.body.norm)[self._index(back)]
 
@@ -386,7 +316,7 @@ class BatchForward:
             length=length,
             masks=masks,
             tables=rotary_tables(self.body, x, F.pad(positions, (0, pad))),
-            groups=self._groups(rows),
+            whose=self.adding.of_rows([r.adapter for r in rows if r.adapter is not None]),
         )
         return step, x
 
@@ -406,24 +336,6 @@ class BatchForward:
             scale=block.scale,
         )
         return seen.reshape(used, -1)[step.slot_of_row]
-
-    def _stacked(self, x: torch.Tensor, projection: Projection, step: _Step, key: Key) -> torch.Tensor:
-        """The base's product for all rows, then each rank's adapters added to their own rows."""
-        y = _times(x, self._weights[key], projection.bias)
-        for group in step.groups:
-            if not group.stack.changes(key):
-                continue
-            if group.others is not None:
-                _add_packed(y, x, group, key)
-                continue
-            a, bs = group.stack.get(key)
-            which = slice(group.first, group.stop) if group.gather is None else group.gather
-            some = y[which].view(len(a), -1, y.shape[1])
-            for mine, small, b in _by_module(some, torch.bmm(x[which].view(len(a), -1, x.shape[1]), a.mT), bs):
-                mine.baddbmm_(small, b)
-            if group.gather is not None:
-                y[group.first : group.stop] = some.view(-1, y.shape[1])[group.scatter]
-        return y
 
     # ---- small things ------------------------------------------------------------------------------------------
 
@@ -457,29 +369,6 @@ def _times(x: torch.Tensor, weight: Frozen | Packed, bias: torch.Tensor | None) 
     return weight.product(x, bias) if isinstance(weight, Packed) else product(x, weight, bias)
 
 
-def _add_packed(y: torch.Tensor, x: torch.Tensor, group: _Group, key: Key) -> None:
-    """Adds a packed stack's products to the group's rows of y [rows, out]; x [rows, in]."""
-    assert group.window is not None
-    assert group.others is not None
-    a, bs = group.stack.get_packed(key)
-    # Set, not multiplied: another adapter's product may be infinite.
-    small = a.product(x[group.window]).unflatten(1, (len(bs), -1)).masked_fill_(group.others, 0)
-    own = slice(group.first - group.window.start, group.stop - group.window.start)
-    outs = y[group.first : group.stop].split([len(b) for b in bs], dim=-1)
-    for i, (mine, b) in enumerate(zip(outs, bs, strict=True)):
-        mine.add_(b.product(small[:, i])[own])
-
-
-def _by_module(
-    y: torch.Tensor, small: torch.Tensor, bs: Sequence[torch.Tensor]
-) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """Each module's outputs [..., out], x A' [..., r] and B [..., r, out]; the first two are views."""
-    if len(bs) == 1:
-        return ((y, small, bs[0]),)
-    outs = y.split([b.shape[-1] for b in bs], dim=-1)
-    return zip(outs, small.split(bs[0].shape[-2], dim=-1), bs, strict=True)
-
-
 def _repeated(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[kv_heads, tokens, dim] -> [heads, tokens, dim]: query head h reads kv head h // (heads / kv_heads)."""
     return x if len(x) == heads else x.repeat_interleave(heads // len(x), 0)
@@ -511,21 +400,6 @@ def steady_rows(weights: Sequence[Frozen | Packed], most: int) -> int:
     like = next((w for w in weights if isinstance(w, torch.Tensor)), packs)
     products = [(lambda x, w=w: _times(x, w, None), w.shape[1], like) for w in weights]
     return _steady(products, [size for size in _SIZES if size <= most])
-
-
-@torch.inference_mode()
-def steady_stack_rows(matrices: Iterable[torch.Tensor], most: int) -> int:
-    """The same for stacked products: rows of each adapter, whichever and however many adapters stand beside it."""
-    generator, least = torch.Generator().manual_seed(0), _TILE
-    for w in matrices:
-        x = torch.randn(most, w.shape[1], generator=generator).to(w.device, w.dtype)
-        whole = torch.bmm(x.expand(2, -1, -1).clone(), w.mT.expand(2, -1, -1).clone())[0]
-        for size in range(most, least - 1, -_TILE):
-            few = [torch.bmm(x[:size].expand(g, -1, -1).clone(), w.mT.expand(g, -1, -1).clone())[0] for g in (2, 3, 8)]
-            if not all(torch.equal(y, whole[:size]) for y in few):
-                least = min(most, size + _TILE)
-                break
-    return least
 
 
 @torch.inference_mode()

@@ -1,0 +1,153 @@
+"""Rows of one step, each with its own adapter, on a CPU: y[m] += B (A x[m]).
+
+    rows       0 0 0 1 2 2        segments: adapter 0 answers rows 0 to 2, adapter 1 row 3, ...
+    products   A [modules r, in] as it lies, B in blocks of 16 outputs: each is read once, from end to end
+
+What Punica's SGMV does on a GPU (arXiv 2310.18547, section 4), for a processor (_adapter_rows.c). A stacked product
+(engine/stacked.py) must copy the adapters of a step side by side and takes one call for each A and B; this reads them
+where they are, of any ranks together, and takes one call for each projection. Sums are in float32 and rounded once, to
+y's dtype; each row's are taken in one order, so they have the same bits whatever stands beside it.
+
+The C file is compiled when the package is built, where there is a compiler. `why_not` says why it cannot be used.
+"""
+
+from __future__ import annotations
+
+import functools
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+try:
+    from . import _adapter_rows
+except ImportError as e:  # not compiled, or torch brings no OpenMP runtime that it knows
+    _missing: str | None = str(e)
+else:
+    _missing = None
+    _adapter_rows.use(2)  # the best that the processor has
+
+LANES = 16
+_BITS = {torch.bfloat16: 16, torch.float32: 32}
+# Largest ||fast - plain|| / ||plain||; the plain one rounds more often.
+_ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
+
+
+@dataclass(frozen=True, slots=True)
+class AB:
+    """An adapter's matrices of one joined projection: `a` [modules r, in]; `b` [blocks, r, 16], each module's outputs
+    from a new block on, its last one filled up with zeros."""
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+
+def in_blocks(bs: Sequence[torch.Tensor]) -> torch.Tensor:
+    """B of each module, [r, out] -> [blocks, r, 16]."""
+    padded = [torch.nn.functional.pad(b, (0, -b.shape[1] % LANES)) for b in bs]
+    return torch.cat([b.view(len(b), -1, LANES).transpose(0, 1) for b in padded]).contiguous()
+
+
+def from_blocks(b: torch.Tensor, outs: Sequence[int]) -> list[torch.Tensor]:
+    """What `in_blocks` was given."""
+    counts = [-(-out // LANES) for out in outs]
+    return [
+        part.transpose(0, 1).reshape(part.shape[1], -1)[:, :out]
+        for part, out in zip(b.split(counts), outs, strict=True)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Rows [first, stop) and the adapter that answers them; a projection that is not in `parts` it leaves alone."""
+
+    parts: Mapping[Any, AB]
+    rank: int
+    first: int
+    stop: int
+
+
+class Segments:
+    """Whose each row of a step is, for every projection: written once for all layers, until somebody comes or goes."""
+
+    def __init__(self, segments: Sequence[Segment], outs: Mapping[Any, tuple[int, ...]]) -> None:
+        """`outs`: outputs of each module of each joined projection, e.g. "qkv" of layer 0 -> (1024, 256, 256)."""
+        self.segments, self.outs = tuple(segments), outs
+        table, sizes, places = array("q"), array("q"), dict[Any, tuple[int, int, int]]()
+        self._sizes_of: dict[Any, tuple[int, int, torch.dtype]] = {}
+        for key, widths in outs.items():
+            here = [s for s in self.segments if key in s.parts]
+            if not here:
+                continue
+            places[key] = len(table), len(here), len(sizes)
+            a = here[0].parts[key].a
+            self._sizes_of[key] = a.shape[1], sum(widths), a.dtype
+            sizes.extend(widths)
+            for s in here:
+                ab = s.parts[key]
+                table.extend((ab.a.data_ptr(), ab.b.data_ptr(), s.first, s.stop, s.rank))
+        self._table, self._sizes = table, sizes  # what the addresses below point into
+        at, of = table.buffer_info()[0], sizes.buffer_info()[0]
+        self._of_key = {
+            key: (at + 8 * start, count, of + 8 * size, len(outs[key])) for key, (start, count, size) in places.items()
+        }
+        modules = max(map(len, outs.values()), default=0)
+        self._small = torch.empty(sum((s.stop - s.first) * s.rank for s in self.segments) * modules)
+        self._rows = max((s.stop for s in self.segments), default=0)
+
+    def add(self, y: torch.Tensor, x: torch.Tensor, key: Any) -> torch.Tensor:
+        """Into y [rows, all modules' out], in place; x [rows, in] of the same dtype, both on the CPU and contiguous."""
+        found = self._of_key.get(key)
+        if found is None:
+            return y
+        inner, out, dtype = self._sizes_of[key]  # the addresses are read without another look
+        if x.shape[1] != inner or y.shape[1] != out or x.dtype != dtype or y.dtype != dtype:
+            raise ValueError(
+                f"y {y.dtype} {tuple(y.shape)}, x {x.dtype} {tuple(x.shape)}: {dtype} [rows, {out}] and [rows, {inner}]"
+            )
+        if len(x) < self._rows or len(y) < self._rows or not (y.is_contiguous() and x.is_contiguous()):
+            raise ValueError(f"y {tuple(y.shape)} and x {tuple(x.shape)}: {self._rows} rows or more, contiguous")
+        _adapter_rows.add(
+            y.data_ptr(),
+            x.data_ptr(),
+            *found,
+            x.shape[1],
+            _BITS[y.dtype],
+            self._small.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return y
+
+    def add_plain(self, y: torch.Tensor, x: torch.Tensor, key: Any) -> torch.Tensor:
+        """The plain twin of `add`."""
+        for s in self.segments:
+            if key not in s.parts:
+                continue
+            ab, rows = s.parts[key], slice(s.first, s.stop)
+            small = (x[rows] @ ab.a.t()).split(s.rank, dim=-1)
+            bs = from_blocks(ab.b, self.outs[key])
+            y[rows] += torch.cat([t @ b for t, b in zip(small, bs, strict=True)], -1)
+        return y
+
+
+@functools.cache
+def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where `Segments.add` can be used: tried on random rows beside its twin, so it costs a moment once."""
+    if device.type != "cpu" or dtype not in _BITS:
+        return f"not for {dtype} on {device.type}"
+    if _missing is not None:
+        return _missing
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw).to(dtype)
+
+    outs = {"": (40, 16)}
+    adapters = [(r, {"": AB(drawn(2 * r, 70), in_blocks([drawn(r, 40), drawn(r, 16)]))}) for r in (4, 3)]
+    segments = Segments([Segment(p, r, first, first + 6) for first, (r, p) in zip((0, 6), adapters, strict=True)], outs)
+    x, y = drawn(13, 70), drawn(13, 56)
+    fast, plain = segments.add(y.clone(), x, "").float(), segments.add_plain(y.clone(), x, "").float()
+    error = float((fast - plain).norm() / plain.norm())
+    return None if error <= _ALLOWED[dtype] else f"{error:.1e} > {_ALLOWED[dtype]:.0e}"
