@@ -95,6 +95,7 @@ class EmbeddedEngine:
         self._load, self._plain = load_adapter, plain
         self.why_plain: str | None = None  # why the slow way is taken, as a sentence
         self.forward = self._new_forward()
+        self.why_stacked = self.forward.why_stacked if isinstance(self.forward, BatchForward) else None
         self.adapters = AdapterStore(self._prepare, adapter_memory)
         self.prefixes = PrefixCache(prefix_memory, self.forward.chunk)
         self._incoming: deque[Sequence_] = deque()

@@ -21,13 +21,16 @@ from typing import Any
 
 import torch
 
+_missing: str | None = None
 try:
-    from . import _adapter_rows
-except ImportError as e:  # not compiled, or torch brings no OpenMP runtime that it knows
-    _missing: str | None = str(e)
+    from ._adapter_rows import add as _add
+    from ._adapter_rows import use as _use
+except ModuleNotFoundError:
+    _missing = "its kernel was not compiled: there was no C compiler when this package was installed"
+except ImportError as e:  # torch brings no OpenMP runtime that it knows
+    _missing = str(e)
 else:
-    _missing = None
-    _adapter_rows.use(2)  # the best that the processor has
+    _use(2)  # the best that the processor has
 
 LANES = 16
 _BITS = {torch.bfloat16: 16, torch.float32: 32}
@@ -109,7 +112,7 @@ class Segments:
             )
         if len(x) < self._rows or len(y) < self._rows or not (y.is_contiguous() and x.is_contiguous()):
             raise ValueError(f"y {tuple(y.shape)} and x {tuple(x.shape)}: {self._rows} rows or more, contiguous")
-        _adapter_rows.add(
+        _add(
             y.data_ptr(),
             x.data_ptr(),
             *found,

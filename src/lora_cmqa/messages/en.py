@@ -32,6 +32,7 @@ TEXT: dict[str, str] = {
         "{base} and {adapters} adapters on http://{host}:{port}  (Ctrl-C or SIGTERM ends it when all answers are whole)"
     ),
     "serve.plain": "The plain path answers, slower, with the same result: {reason}.",
+    "serve.stacked": "Adapters are added the slower of two ways: {reason}.",
     # chat
     "chat.base": "base",
     "chat.adapter": "adapter",

@@ -30,6 +30,7 @@ TEXT: dict[str, str] = {
         "{base} 和 {adapters} 个适配器：http://{host}:{port}（按 Ctrl-C 或发送 SIGTERM，待全部回答结束后退出）"
     ),
     "serve.plain": "以普通路径作答，较慢，结果相同：{reason}。",
+    "serve.stacked": "适配器以两种方式中较慢的一种叠加：{reason}。",
     # chat
     "chat.base": "基座",
     "chat.adapter": "适配器",

@@ -142,6 +142,8 @@ def open_service(
     )
     if engine.why_plain:
         print(say("serve.plain", reason=engine.why_plain), file=sys.stderr)
+    if engine.why_stacked:
+        print(say("serve.stacked", reason=engine.why_stacked), file=sys.stderr)
     shown = name if name in BUILT_IN else Path(name).name
     registry = Registry(
         root,
