@@ -17,7 +17,7 @@ import functools
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -72,55 +72,59 @@ class Segment:
     stop: int
 
 
+class _Call(NamedTuple):
+    """What the kernel is told of one projection, in the order of its arguments; then what must fit to it."""
+
+    segment: int  # address of five integers for each segment
+    segments: int
+    outs: int  # address of each module's outputs
+    modules: int
+    inner: int
+    bits: int
+    out: int
+    dtype: torch.dtype
+
+
 class Segments:
     """Whose each row of a step is, for every projection: written once for all layers, until somebody comes or goes."""
 
     def __init__(self, segments: Sequence[Segment], outs: Mapping[Any, tuple[int, ...]]) -> None:
         """`outs`: outputs of each module of each joined projection, e.g. "qkv" of layer 0 -> (1024, 256, 256)."""
         self.segments, self.outs = tuple(segments), outs
-        table, sizes, places = array("q"), array("q"), dict[Any, tuple[int, int, int]]()
-        self._sizes_of: dict[Any, tuple[int, int, torch.dtype]] = {}
-        for key, widths in outs.items():
-            here = [s for s in self.segments if key in s.parts]
-            if not here:
-                continue
-            places[key] = len(table), len(here), len(sizes)
-            a = here[0].parts[key].a
-            self._sizes_of[key] = a.shape[1], sum(widths), a.dtype
-            sizes.extend(widths)
-            for s in here:
-                ab = s.parts[key]
-                table.extend((ab.a.data_ptr(), ab.b.data_ptr(), s.first, s.stop, s.rank))
-        self._table, self._sizes = table, sizes  # what the addresses below point into
+        self._rows = max((s.stop for s in segments), default=0)
+        most_modules = max(map(len, outs.values()), default=0)
+        self._small = torch.empty(sum((s.stop - s.first) * s.rank for s in segments) * most_modules)
+        self._kept: list[array[int]] = []  # what addresses point into
+        self._calls = {key: call for key in outs if (call := self._call(key)) is not None}
+
+    def _call(self, key: Any) -> _Call | None:
+        """None where nobody changes this projection."""
+        table, sizes = array("q"), array("q", self.outs[key])
+        a = None
+        for s in self.segments:
+            if key in s.parts:
+                a, b = s.parts[key].a, s.parts[key].b
+                table.extend((a.data_ptr(), b.data_ptr(), s.first, s.stop, s.rank))
+        if a is None:
+            return None
+        self._kept += table, sizes
         at, of = table.buffer_info()[0], sizes.buffer_info()[0]
-        self._of_key = {
-            key: (at + 8 * start, count, of + 8 * size, len(outs[key])) for key, (start, count, size) in places.items()
-        }
-        modules = max(map(len, outs.values()), default=0)
-        self._small = torch.empty(sum((s.stop - s.first) * s.rank for s in self.segments) * modules)
-        self._rows = max((s.stop for s in self.segments), default=0)
+        inner, out = a.shape[1], sum(self.outs[key])
+        return _Call(at, len(table) // 5, of, len(sizes), inner, _BITS[a.dtype], out, a.dtype)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, key: Any) -> torch.Tensor:
-        """Into y [rows, all modules' out], in place; x [rows, in] of the same dtype, both on the CPU and contiguous."""
-        found = self._of_key.get(key)
-        if found is None:
+        """Into y [rows, all modules' out], in place; x [rows, in]. Both on the CPU, contiguous, of the adapters' dtype;
+        ValueError otherwise: the kernel reads addresses and looks at nothing else."""
+        call = self._calls.get(key)
+        if call is None:
             return y
-        inner, out, dtype = self._sizes_of[key]  # the addresses are read without another look
-        if x.shape[1] != inner or y.shape[1] != out or x.dtype != dtype or y.dtype != dtype:
+        right = x.shape[1] == call.inner and y.shape[1] == call.out and x.dtype == y.dtype == call.dtype
+        if not right or min(len(x), len(y)) < self._rows or not (y.is_contiguous() and x.is_contiguous()):
             raise ValueError(
-                f"y {y.dtype} {tuple(y.shape)}, x {x.dtype} {tuple(x.shape)}: {dtype} [rows, {out}] and [rows, {inner}]"
+                f"y {tuple(y.shape)} {y.dtype} and x {tuple(x.shape)} {x.dtype}; asked for: contiguous, {call.dtype}, "
+                f"{self._rows} rows or more of {call.out} and of {call.inner}"
             )
-        if len(x) < self._rows or len(y) < self._rows or not (y.is_contiguous() and x.is_contiguous()):
-            raise ValueError(f"y {tuple(y.shape)} and x {tuple(x.shape)}: {self._rows} rows or more, contiguous")
-        _add(
-            y.data_ptr(),
-            x.data_ptr(),
-            *found,
-            x.shape[1],
-            _BITS[y.dtype],
-            self._small.data_ptr(),
-            torch.get_num_threads(),
-        )
+        _add(y.data_ptr(), x.data_ptr(), *call[:6], self._small.data_ptr(), torch.get_num_threads())
         return y
 
     def add_plain(self, y: torch.Tensor, x: torch.Tensor, key: Any) -> torch.Tensor:
