@@ -7,13 +7,11 @@ import sys
 import pytest
 import torch
 
-from lora_cmqa.kernels import adapter_rows
+from lora_cmqa.kernels import native
 from lora_cmqa.kernels.adapter_rows import AB, Segment, Segments, from_blocks, in_blocks, why_not
 
 CPU = torch.device("cpu")
-built = pytest.mark.skipif(
-    adapter_rows._missing is not None, reason=f"the compiled kernel is not here: {adapter_rows._missing}"
-)
+built = pytest.mark.skipif(native.missing is not None, reason=f"the compiled kernel is not here: {native.missing}")
 
 
 def drawn(*shape: int, seed: int = 0, dtype=torch.float32):
@@ -61,7 +59,7 @@ def test_blocks_hold_every_output_and_give_it_back():
 @pytest.mark.parametrize("level", [0, 1, 2])
 @pytest.mark.parametrize(("dtype", "allowed"), [(torch.float32, 1e-6), (torch.bfloat16, 3e-3)])
 def test_every_instruction_set_adds_what_the_plain_sum_adds(level, dtype, allowed):
-    taken = adapter_rows._use(level)
+    taken = native.rows.use(level)
     try:
         if taken < level:
             pytest.skip(f"this processor has no level {level}")
@@ -82,7 +80,7 @@ def test_every_instruction_set_adds_what_the_plain_sum_adds(level, dtype, allowe
             assert torch.equal(got[stops[-1] :], y[stops[-1] :])  # the bare base's rows
             assert float((segments.add_plain(y.clone(), x, 0).double() - want).norm() / want.norm()) < 3 * allowed
     finally:
-        adapter_rows._use(2)
+        native.rows.use(2)
 
 
 @built

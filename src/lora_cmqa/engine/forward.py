@@ -21,8 +21,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
-from ..kernels import adapter_rows
+from ..kernels import adapter_rows, few_rows
 from ..kernels.head import shaped_logits
+from ..kernels.mlp import Activation
 from ..kernels.packed import Packed, can_pack, packed
 from ..kernels.quantized import Frozen, product
 from ..kernels.table import gated
@@ -95,9 +96,9 @@ class Head:
         return shaped_logits(product(hidden.contiguous()), **self._shape)
 
 
-@dataclass(slots=True)
-class _Step:
-    """What all layers of one decode share. n rows are real, the others pad."""
+@dataclass(frozen=True, slots=True)
+class _Padded:
+    """Where a step's rows read the cache: every slot up to the longest row's length, masked. n rows are real."""
 
     slots: torch.Tensor  # [n]
     positions: torch.Tensor  # [n]
@@ -105,7 +106,14 @@ class _Step:
     slot_of_row: torch.Tensor  # [rows]; pad rows take slot 0's
     length: int  # cached positions read
     masks: dict[int | None, torch.Tensor]  # by window, [slots read, 1, 1, length], added to the scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What all layers of one decode share."""
+
     tables: dict[str | None, Table]
+    places: few_rows.Places | _Padded
     whose: Any  # Adding's word for whose each row is
 
 
@@ -139,6 +147,7 @@ class BatchForward:
         shapes = {(len(w), w.shape[1]): w for w in self._weights.values()}
         self.least_rows = steady_rows([*shapes.values(), self.head.packed or self.head.module.weight], MOST_ROWS)
         self.adding, self.why_stacked = self._way_of_adding()
+        self._few = few_rows.why_not(self.device, self.dtype) is None
 
     def _pack(self) -> None:
         """Each weight packed, where this machine has products for it and all of them are small enough for a copy."""
@@ -227,8 +236,8 @@ class BatchForward:
         masks = self._chunk_masks(start, end)
         whose, last = (self.adding.alone(adapter, n) if adapter else None for n in (count, 1))
         for i, block in enumerate(self.body.blocks):
-            qkv = self._project(normed(x, block.before_attention), block.qkv, whose, (i, "qkv"))
-            q, k, v = turned_heads(qkv, block, tables[block.rotary_kind])
+            qkv = self._project(self._normed(x, block.before_attention), block.qkv, whose, (i, "qkv"))
+            q, k, v = self._turned(qkv, block, tables[block.rotary_kind])
             keys, values = self._keys[i][slot], self._values[i][slot]
             keys[:, start:end], values[:, start:end] = k.transpose(0, 1), v.transpose(0, 1)
             mask = masks[block.window]
@@ -243,12 +252,12 @@ class BatchForward:
             seen = seen[0].transpose(0, 1).reshape(count, -1)
             if i == len(self.body.blocks) - 1:  # only the last token goes on
                 x, seen, whose = x[-1:], seen[-1:], last
-            x = x + normed(self._project(seen, block.out, whose, (i, "out")), block.after_attention)
-            inner = gated(
-                self._project(normed(x, block.before_mlp), block.gate_up, whose, (i, "gate_up")), block.activation
+            x = self._plus(x, self._project(seen, block.out, whose, (i, "out")), block.after_attention)
+            inner = self._gated(
+                self._project(self._normed(x, block.before_mlp), block.gate_up, whose, (i, "gate_up")), block.activation
             )
-            x = x + normed(self._project(inner, block.down, whose, (i, "down")), block.after_mlp)
-        return normed(x, self.body.norm)
+            x = self._plus(x, self._project(inner, block.down, whose, (i, "down")), block.after_mlp)
+        return self._normed(x, self.body.norm)
 
     def _chunk_masks(self, start: int, end: int) -> dict[int | None, torch.Tensor | None]:
         """None where plain causal attention over the chunk says it all."""
@@ -275,30 +284,35 @@ class BatchForward:
         ordered = [rows[i] for i in order]
         step, x = self._begin(ordered)
         for i, block in enumerate(self.body.blocks):
-            qkv = self._project(normed(x, block.before_attention), block.qkv, step.whose, (i, "qkv"))
-            q, k, v = turned_heads(qkv, block, step.tables[block.rotary_kind])
-            x = x + normed(
-                self._project(self._attend(q, k, v, block, i, step), block.out, step.whose, (i, "out")),
-                block.after_attention,
+            qkv = self._project(self._normed(x, block.before_attention), block.qkv, step.whose, (i, "qkv"))
+            q, k, v = self._turned(qkv, block, step.tables[block.rotary_kind])
+            seen = self._project(self._attend(q, k, v, block, i, step), block.out, step.whose, (i, "out"))
+            x = self._plus(x, seen, block.after_attention)
+            inner = self._gated(
+                self._project(self._normed(x, block.before_mlp), block.gate_up, step.whose, (i, "gate_up")),
+                block.activation,
             )
-            inner = gated(
-                self._project(normed(x, block.before_mlp), block.gate_up, step.whose, (i, "gate_up")), block.activation
-            )
-            x = x + normed(self._project(inner, block.down, step.whose, (i, "down")), block.after_mlp)
+            x = self._plus(x, self._project(inner, block.down, step.whose, (i, "down")), block.after_mlp)
         back = sorted(range(len(order)), key=order.__getitem__)
-        return normed(x, self.body.norm)[self._index(back)]
+        return self._normed(x, self.body.norm)[self._index(back)]
 
     def _begin(self, rows: Sequence[Row]) -> tuple[_Step, torch.Tensor]:
         pad = self._row_count(len(rows)) - len(rows)
-        slots = [r.slot for r in rows]
+        slots, positions = [r.slot for r in rows], [r.position for r in rows]
+        x = self.body.embedding(self._index([r.token for r in rows] + [0] * pad))
+        step = _Step(
+            tables=rotary_tables(self.body, x, self._index(positions + [0] * pad)),
+            places=few_rows.Places(slots, positions) if self._few else self._padded_places(slots, positions, pad),
+            whose=self.adding.of_rows([r.adapter for r in rows if r.adapter is not None]),
+        )
+        return step, x
+
+    def _padded_places(self, slots: list[int], positions: list[int], pad: int) -> _Padded:
         used = max(slots) + 1
-        row_of_slot = [0] * used
-        for i, slot in enumerate(slots):
-            row_of_slot[slot] = i
-        length = min(_padded(max(r.position for r in rows) + 1, _SPAN), self._keys[0].shape[2])
-        last = [0] * used  # position of each slot's newest token
-        for r in rows:
-            last[r.slot] = r.position
+        row_of_slot, last = [0] * used, [0] * used  # `last`: position of each slot's newest token
+        for i, (slot, position) in enumerate(zip(slots, positions, strict=True)):
+            row_of_slot[slot], last[slot] = i, position
+        length = min(_padded(max(positions) + 1, _SPAN), self._keys[0].shape[2])
         newest, places = self._index(last)[:, None], torch.arange(length, device=self.device)[None]
         masks = {}
         for window in {b.window for b in self.body.blocks}:
@@ -306,38 +320,56 @@ class BatchForward:
             if window is not None and window < length:
                 seen &= places > newest - window
             masks[window] = self._added(seen)[:, None, None]
-        x = self.body.embedding(self._index([r.token for r in rows] + [0] * pad))
-        positions = self._index([r.position for r in rows])
-        step = _Step(
+        return _Padded(
             slots=self._index(slots),
-            positions=positions,
+            positions=self._index(positions),
             row_of_slot=self._index(row_of_slot),
             slot_of_row=self._index(slots + [slots[0]] * pad),
             length=length,
             masks=masks,
-            tables=rotary_tables(self.body, x, F.pad(positions, (0, pad))),
-            whose=self.adding.of_rows([r.adapter for r in rows if r.adapter is not None]),
         )
-        return step, x
 
     def _attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block: Block, layer: int, step: _Step
     ) -> torch.Tensor:
-        """Each row over its own slot. The query heads that share keys stand as the rows of one small product."""
-        keys, values, real, used = self._keys[layer], self._values[layer], len(step.slots), len(step.row_of_slot)
-        keys[step.slots, :, step.positions] = k[:real]
-        values[step.slots, :, step.positions] = v[:real]
-        grouped = q[step.row_of_slot].view(used, block.kv_heads, block.heads // block.kv_heads, block.head_dim)
+        """Each row over its own slot. Padded, query heads that share keys stand as the rows of one small product."""
+        keys, values, at = self._keys[layer], self._values[layer], step.places
+        if isinstance(at, few_rows.Places):
+            return few_rows.attended(q, k, v, keys, values, at, block.scale, block.window)
+        real, used = len(at.slots), len(at.row_of_slot)
+        keys[at.slots, :, at.positions] = k[:real]
+        values[at.slots, :, at.positions] = v[:real]
+        grouped = q[at.row_of_slot].view(used, block.kv_heads, block.heads // block.kv_heads, block.head_dim)
         seen = F.scaled_dot_product_attention(
             grouped,
-            keys[:used, :, : step.length],
-            values[:used, :, : step.length],
-            attn_mask=step.masks[block.window],
+            keys[:used, :, : at.length],
+            values[:used, :, : at.length],
+            attn_mask=at.masks[block.window],
             scale=block.scale,
         )
-        return seen.reshape(used, -1)[step.slot_of_row]
+        return seen.reshape(used, -1)[at.slot_of_row]
 
     # ---- small things ------------------------------------------------------------------------------------------
+
+    def _normed(self, x: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        return few_rows.normed(x, norm.weight, norm.eps) if self._few and norm else normed(x, norm)
+
+    def _plus(self, x: torch.Tensor, y: torch.Tensor, norm: Norm | None) -> torch.Tensor:
+        """x + normed(y)"""
+        return few_rows.added(x, y, norm.weight, norm.eps) if self._few and norm else x + normed(y, norm)
+
+    def _gated(self, gate_up: torch.Tensor, activation: Activation) -> torch.Tensor:
+        return few_rows.gated(gate_up, activation) if self._few else gated(gate_up, activation)
+
+    def _turned(self, qkv: torch.Tensor, block: Block, table: Table) -> tuple[torch.Tensor, ...]:
+        """q [rows, heads, dim], k and v [rows, kv_heads, dim]; see decoder.turned_heads, its twin."""
+        if not self._few:
+            return turned_heads(qkv, block, table)
+        heads, norm = qkv.view(len(qkv), -1, block.head_dim), block.qk_norm
+        turned = block.heads + block.kv_heads
+        gain, eps = (norm.weight, norm.eps) if norm else (None, 0.0)
+        qk = few_rows.turned(heads[:, :turned], gain, eps, table)
+        return qk[:, : block.heads], qk[:, block.heads :], heads[:, turned:]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = len(hidden)

@@ -3,12 +3,12 @@
     rows       0 0 0 1 2 2        segments: adapter 0 answers rows 0 to 2, adapter 1 row 3, ...
     products   A [modules r, in] as it lies, B in blocks of 16 outputs: each is read once, from end to end
 
-What Punica's SGMV does on a GPU (arXiv 2310.18547, section 4), for a processor (_adapter_rows.c). A stacked product
+What Punica's SGMV does on a GPU (arXiv 2310.18547, section 4), for a processor (_rows.c). A stacked product
 (engine/stacked.py) must copy the adapters of a step side by side and takes one call for each A and B; this reads them
 where they are, of any ranks together, and takes one call for each projection. Sums are in float32 and rounded once, to
 y's dtype; each row's are taken in one order, so they have the same bits whatever stands beside it.
 
-The C file is compiled when the package is built, where there is a compiler. `why_not` says why it cannot be used.
+`why_not` says why it cannot be used.
 """
 
 from __future__ import annotations
@@ -21,19 +21,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-_missing: str | None = None
-try:
-    from ._adapter_rows import add as _add
-    from ._adapter_rows import use as _use
-except ModuleNotFoundError:
-    _missing = "its kernel was not compiled: there was no C compiler when this package was installed"
-except ImportError as e:  # torch brings no OpenMP runtime that it knows
-    _missing = str(e)
-else:
-    _use(2)  # the best that the processor has
+from . import native
 
 LANES = 16
-_BITS = {torch.bfloat16: 16, torch.float32: 32}
 # Largest ||fast - plain|| / ||plain||; the plain one rounds more often.
 _ALLOWED = {torch.bfloat16: 1e-2, torch.float32: 1e-5}
 
@@ -110,7 +100,7 @@ class Segments:
         self._kept += table, sizes
         at, of = table.buffer_info()[0], sizes.buffer_info()[0]
         inner, out = a.shape[1], sum(self.outs[key])
-        return _Call(at, len(table) // 5, of, len(sizes), inner, _BITS[a.dtype], out, a.dtype)
+        return _Call(at, len(table) // 5, of, len(sizes), inner, native.BITS[a.dtype], out, a.dtype)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, key: Any) -> torch.Tensor:
         """Into y [rows, all modules' out], in place; x [rows, in]. Both on the CPU, contiguous, of the adapters' dtype;
@@ -124,7 +114,7 @@ class Segments:
                 f"y {tuple(y.shape)} {y.dtype} and x {tuple(x.shape)} {x.dtype}; asked for: contiguous, {call.dtype}, "
                 f"{self._rows} rows or more of {call.out} and of {call.inner}"
             )
-        _add(y.data_ptr(), x.data_ptr(), *call[:6], self._small.data_ptr(), torch.get_num_threads())
+        native.rows.add(y.data_ptr(), x.data_ptr(), *call[:6], self._small.data_ptr(), torch.get_num_threads())
         return y
 
     def add_plain(self, y: torch.Tensor, x: torch.Tensor, key: Any) -> torch.Tensor:
@@ -142,10 +132,10 @@ class Segments:
 @functools.cache
 def why_not(device: torch.device, dtype: torch.dtype) -> str | None:
     """None where `Segments.add` can be used: tried on random rows beside its twin, so it costs a moment once."""
-    if device.type != "cpu" or dtype not in _BITS:
+    if device.type != "cpu" or dtype not in native.BITS:
         return f"not for {dtype} on {device.type}"
-    if _missing is not None:
-        return _missing
+    if native.missing is not None:
+        return native.missing
     draw = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
