@@ -15,7 +15,7 @@ from lora_cmqa.engine.row_wise import RowWise
 from lora_cmqa.engine.sampling import SamplingParams
 from lora_cmqa.engine.stacked import Stacked, steady_stack_rows
 from lora_cmqa.errors import AdapterError, ConfigError
-from lora_cmqa.kernels import adapter_rows
+from lora_cmqa.kernels import adapter_rows, few_rows
 from lora_cmqa.lora.inject import inject_lora
 from lora_cmqa.models.load import load_model
 
@@ -191,6 +191,22 @@ def test_row_by_row_answers_as_stacked(serving, kind, names, dtype, request):
             assert x.logprob == pytest.approx(y.logprob, abs=1e-4 if dtype == "float32" else 0.05)
             if x.token != y.token:  # near a tie; from here on they answer differently
                 break
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_rows_answer_as_torch(serving, kind, monkeypatch):
+    """Norms, rotation, attention and gate of a step; float64, in which the others run, is torch's."""
+    engine = serving(kind, "float32")
+    if not engine.forward._few:
+        pytest.skip("the compiled kernels are not here")
+    got = engine.generate(CROWD)
+    monkeypatch.setattr(few_rows, "why_not", lambda device, dtype: "switched off")
+    other = serving(kind, "float32")
+    assert not other.forward._few
+    for one, twin in zip(got, other.generate(CROWD), strict=True):
+        assert one.token_ids == twin.token_ids
+        for x, y in zip(one.logprobs, twin.logprobs, strict=True):
+            assert x.logprob == pytest.approx(y.logprob, abs=1e-4)
 
 
 def test_who_comes_and_goes_leaves_nothing_behind(serving):

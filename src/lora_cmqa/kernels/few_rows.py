@@ -108,19 +108,27 @@ def attended(
     out = torch.empty(rows, heads * width, dtype=q.dtype)
     if real < rows:
         out[real:] = 0
+    table, threads = places.table.buffer_info()[0], torch.get_num_threads()
     native.rows.attend(
-        *(t.data_ptr() for t in (out, q, k, v, keys, values)),
-        places.table.buffer_info()[0],
+        out.data_ptr(),
+        q.data_ptr(),
+        k.data_ptr(),
+        v.data_ptr(),
+        keys.data_ptr(),
+        values.data_ptr(),
+        table,
         real,
         heads,
         kv_heads,
         width,
         keys.shape[2],
-        *(t.stride(0) for t in (q, k, v)),
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
         window or 0,
         places.length,
         native.BITS[q.dtype],
-        torch.get_num_threads(),
+        threads,
         scale,
     )
     return out
