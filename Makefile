@@ -39,6 +39,7 @@ test-all: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror src/lora_cmqa/kernels/_rows.[ch]
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -1,4 +1,5 @@
-/* What the engine does to the few rows of a step on a CPU, for adapter_rows.py and few_rows.py, which say what the arguments are.
+/* What the engine does to the few rows of a step on a CPU, for adapter_rows.py and few_rows.py, which say what the
+ * arguments are.
  *
  *     add         y[m] += B (A x[m]), each row with its own adapter's A and B, on torch's own threads
  *     pointwise   norm, rotation and sum of each row, in one pass of the calling thread
@@ -7,9 +8,9 @@
  *
  * Arguments are integers, addresses of tensors among them; the arithmetic is in _rows.h, once for each instruction set.
  *
- * Threads come from the OpenMP runtime that torch has loaded, by the calls that GCC makes for "#pragma omp parallel" (libgomp
- * has them, and so do libomp and libiomp5): a second runtime's threads would spin against torch's. Nothing is linked; where
- * torch brings no such runtime, this module does not load and the engine takes its other ways.
+ * Threads come from the OpenMP runtime that torch has loaded, by the calls that GCC makes for "#pragma omp parallel"
+ * (libgomp has them, and so do libomp and libiomp5): a second runtime's threads would spin against torch's. Nothing is
+ * linked; where torch brings no such runtime, this module does not load and the engine takes its other ways.
  */
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000
@@ -28,7 +29,8 @@ extern int omp_get_num_threads(void);
 #define MOST 4     /* rows of A and of x multiplied at once */
 #define AHEAD 2048 /* bytes fetched in advance */
 
-#define INLINE static inline __attribute__((always_inline)) /* or constants of the caller would not become loops' ends */
+/* Always, or constants of the caller would not become the ends of loops. */
+#define INLINE static inline __attribute__((always_inline))
 
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef uint32_t word __attribute__((vector_size(4 * LANES)));
@@ -90,12 +92,21 @@ static inline int64_t share_of(int64_t units, int64_t part, int64_t cost)
 }
 
 /* `call` with COUNT a constant, the smaller of `left` and MOST, so that its loops become registers. */
-#define EACH_COUNT(left, call) \
-    do { \
-        if ((left) >= 4) { enum { COUNT = 4 }; call; } \
-        else if ((left) == 3) { enum { COUNT = 3 }; call; } \
-        else if ((left) == 2) { enum { COUNT = 2 }; call; } \
-        else { enum { COUNT = 1 }; call; } \
+#define EACH_COUNT(left, call)                                                                                         \
+    do {                                                                                                               \
+        if ((left) >= 4) {                                                                                             \
+            enum { COUNT = 4 };                                                                                        \
+            call;                                                                                                      \
+        } else if ((left) == 3) {                                                                                      \
+            enum { COUNT = 3 };                                                                                        \
+            call;                                                                                                      \
+        } else if ((left) == 2) {                                                                                      \
+            enum { COUNT = 2 };                                                                                        \
+            call;                                                                                                      \
+        } else {                                                                                                       \
+            enum { COUNT = 1 };                                                                                        \
+            call;                                                                                                      \
+        }                                                                                                              \
     } while (0)
 
 #define ATTR
@@ -126,8 +137,9 @@ static struct {
     void (*gate)(const struct gate *, int, int);
 } run;
 
-#define TAKE(set) \
-    (run.adapters = adapters_##set, run.pointwise = pointwise_##set, run.attention = attention_##set, run.gate = gate_##set)
+#define TAKE(set)                                                                                                      \
+    (run.adapters = adapters_##set, run.pointwise = pointwise_##set, run.attention = attention_##set,                  \
+     run.gate = gate_##set)
 
 /* use(level) -> the level taken, at most `level` and what the processor has: 0 any, 1 AVX2, 2 AVX-512. */
 static PyObject *use(PyObject *self, PyObject *level)
@@ -166,10 +178,8 @@ static int integers(PyObject *const *args, Py_ssize_t given, long long *v, Py_ss
     return 1;
 }
 
-static void in_thread(void *data)
-{
-    run.adapters((const struct adapters *)data, omp_get_thread_num(), omp_get_num_threads());
-}
+static void add_in_thread(void *data)
+{ run.adapters((const struct adapters *)data, omp_get_thread_num(), omp_get_num_threads()); }
 
 static PyObject *add(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -178,21 +188,17 @@ static PyObject *add(PyObject *self, PyObject *const *args, Py_ssize_t count)
     if (!integers(args, count, v, ARGUMENTS))
         return NULL;
     struct adapters job = {.y = (void *)v[Y],
-                      .x = (const void *)v[X],
-                      .segment = (const struct segment *)v[SEGMENT],
-                      .segments = v[SEGMENTS],
-                      .outs = (const int64_t *)v[OUTS],
-                      .modules = v[MODULES],
-                      .inner = v[INNER],
-                      .bits = v[BITS],
-                      .small = (float *)v[SMALL]};
-    Py_BEGIN_ALLOW_THREADS
-    if (v[THREADS] > 1)
-        GOMP_parallel(in_thread, &job, (unsigned)v[THREADS], 0);
-    else
-        run.adapters(&job, 0, 1);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+                           .x = (const void *)v[X],
+                           .segment = (const struct segment *)v[SEGMENT],
+                           .segments = v[SEGMENTS],
+                           .outs = (const int64_t *)v[OUTS],
+                           .modules = v[MODULES],
+                           .inner = v[INNER],
+                           .bits = v[BITS],
+                           .small = (float *)v[SMALL]};
+    Py_BEGIN_ALLOW_THREADS if (v[THREADS] > 1) GOMP_parallel(add_in_thread, &job, (unsigned)v[THREADS], 0);
+    else run.adapters(&job, 0, 1);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
 /* The last argument is a float. */
@@ -222,23 +228,19 @@ static PyObject *pointwise(PyObject *self, PyObject *const *args, Py_ssize_t cou
     float *room = calloc(3 * v[WIDTH] + LANES, sizeof(float)); /* a row, what is added, its angles */
     if (room == NULL)
         return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-    run.pointwise(&job, room);
-    Py_END_ALLOW_THREADS
-    free(room);
+    Py_BEGIN_ALLOW_THREADS run.pointwise(&job, room);
+    Py_END_ALLOW_THREADS free(room);
     Py_RETURN_NONE;
 }
 
 static void attend_in_thread(void *data)
-{
-    run.attention((struct attention *)data, omp_get_thread_num());
-}
+{ run.attention((struct attention *)data, omp_get_thread_num()); }
 
 /* The last argument is a float. */
 static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
-    enum { OUT, Q, K, V, KEYS, VALUES, PLACE, ROWS, HEADS, KV_HEADS, WIDTH, ROOM, Q_STRIDE, K_STRIDE, V_STRIDE, WINDOW, SEEN, BITS,
-           THREADS, SCALE };
+    enum { OUT, Q, K, V, KEYS, VALUES, PLACE, ROWS, HEADS, KV_HEADS, WIDTH, ROOM, Q_STRIDE, K_STRIDE, V_STRIDE };
+    enum { WINDOW = V_STRIDE + 1, SEEN, BITS, THREADS, SCALE };
     long long v[SCALE];
     if (!integers(args, count - 1, v, SCALE))
         return NULL;
@@ -267,20 +269,14 @@ static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t count)
     job.score = malloc(v[THREADS] * job.score_stride * sizeof(float));
     if (job.score == NULL)
         return PyErr_NoMemory();
-    Py_BEGIN_ALLOW_THREADS
-    if (v[THREADS] > 1)
-        GOMP_parallel(attend_in_thread, &job, (unsigned)v[THREADS], 0);
-    else
-        run.attention(&job, 0);
-    Py_END_ALLOW_THREADS
-    free(job.score);
+    Py_BEGIN_ALLOW_THREADS if (v[THREADS] > 1) GOMP_parallel(attend_in_thread, &job, (unsigned)v[THREADS], 0);
+    else run.attention(&job, 0);
+    Py_END_ALLOW_THREADS free(job.score);
     Py_RETURN_NONE;
 }
 
 static void gate_in_thread(void *data)
-{
-    run.gate((const struct gate *)data, omp_get_thread_num(), omp_get_num_threads());
-}
+{ run.gate((const struct gate *)data, omp_get_thread_num(), omp_get_num_threads()); }
 
 /* y, x, rows, width, gelu, bits, threads */
 static PyObject *gated(PyObject *self, PyObject *const *args, Py_ssize_t count)
@@ -289,17 +285,14 @@ static PyObject *gated(PyObject *self, PyObject *const *args, Py_ssize_t count)
     if (!integers(args, count, v, 7))
         return NULL;
     struct gate job = {(void *)v[0], (const void *)v[1], v[2], v[3], v[4], v[5]};
-    Py_BEGIN_ALLOW_THREADS
-    if (v[6] > 1)
-        GOMP_parallel(gate_in_thread, &job, (unsigned)v[6], 0);
-    else
-        run.gate(&job, 0, 1);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
+    Py_BEGIN_ALLOW_THREADS if (v[6] > 1) GOMP_parallel(gate_in_thread, &job, (unsigned)v[6], 0);
+    else run.gate(&job, 0, 1);
+    Py_END_ALLOW_THREADS Py_RETURN_NONE;
 }
 
 #define FAST(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, NULL}
-static PyMethodDef methods[] = {FAST(add), FAST(pointwise), FAST(attend), FAST(gated), {"use", use, METH_O, NULL}, {NULL, NULL, 0, NULL}};
+static PyMethodDef methods[] = {
+    FAST(add), FAST(pointwise), FAST(attend), FAST(gated), {"use", use, METH_O, NULL}, {NULL, NULL, 0, NULL}};
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "_rows", NULL, -1, methods, NULL, NULL, NULL, NULL};
 
 PyMODINIT_FUNC PyInit__rows(void)

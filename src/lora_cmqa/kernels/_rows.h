@@ -1,15 +1,14 @@
 /* The arithmetic of _rows.c for one instruction set. Included once for each, with
  *     ATTR       attributes of every function: the instruction set
  *     NAME(x)    x with the set's suffix
- * Vectors are the compilers' own (GCC and Clang); each becomes as many registers as the set needs. Every number of a row
- * is summed in one written order, so it has the same bits whatever stands beside it.
+ * Vectors are the compilers' own (GCC and Clang); each becomes as many registers as the set needs. `bits` is 16 for
+ * bfloat16 and 32 for float32; sums are float32. Every number of a row is summed in one written order, so it has the
+ * same bits whatever stands beside it.
  */
 
 /* bfloat16 is the upper half of a float32. */
 ATTR INLINE vec NAME(wide)(half h)
-{
-    return (vec)(__builtin_convertvector(h, word) << 16);
-}
+{ return (vec)(__builtin_convertvector(h, word) << 16); }
 
 /* Rounded to the nearest, ties to even, as torch does; a NaN stays one. */
 ATTR INLINE half NAME(rounded)(vec v)
@@ -64,7 +63,7 @@ ATTR INLINE float NAME(total)(vec v)
 
 /* small[q, p] = a[p] . x[q] for `na` rows of A and `nx` of x, constants of the caller. */
 ATTR INLINE void NAME(dots)(const void *a, const void *x, float *small, int64_t inner, int64_t units, const int na,
-                                   const int nx, const int bits)
+                            const int nx, const int bits)
 {
     vec sum[MOST][MOST], w[MOST], z[MOST];
     int64_t i = 0;
@@ -97,7 +96,7 @@ ATTR INLINE void NAME(dots)(const void *a, const void *x, float *small, int64_t 
 
 /* y[q, : count] += sum over j of small[q, j] b[j] for `nx` rows. */
 ATTR INLINE void NAME(add_block)(void *y, const void *b, const float *small, int64_t rank, int64_t out, int64_t units,
-                                        int64_t count, const int nx, const int bits)
+                                 int64_t count, const int nx, const int bits)
 {
     vec sum[MOST];
     for (int q = 0; q < nx; q++)
@@ -233,7 +232,8 @@ ATTR INLINE void NAME(norm)(float *x, const float *gain, int64_t width, float ep
     }
 }
 
-/* Each head of each row: norm where there is a gain, rotation where there is a cosine, a sum where there is something. */
+/* Each head of each row: norm where there is a gain, rotation where there is a cosine, a sum where there is one to add.
+ */
 ATTR INLINE void NAME(pointwise_of)(const struct pointwise *job, float *room, const int bits)
 {
     const int64_t width = job->width, half = width / 2;
@@ -272,12 +272,13 @@ ATTR static void NAME(pointwise)(const struct pointwise *job, float *room)
         NAME(pointwise_of)(job, room, 32);
 }
 
-/* ---- attention ---------------------------------------------------------------------------------------------------- */
+/* ---- attention -------------------------------------------------------------------------------------------------- */
 
 /* e^x for x <= 0, to 2 units in the last place: 2^n e^r, n whole, |r| <= log(2) / 2 (a Taylor polynomial of e^r). */
 ATTR INLINE vec NAME(exponential)(vec x)
 {
-    const vec low = (vec){0} - 87.0f, whole = (vec){0} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
+    const vec low = (vec){0} - 87.0f;
+    const vec whole = (vec){0} + 12582912.0f; /* 1.5 * 2^23: adding it rounds to a whole number */
     x = (vec)(((word)x & (word)(x > low)) | ((word)low & ~(word)(x > low)));
     vec shifted = x * 1.44269504f + whole, n = shifted - whole;
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f; /* log(2) in two parts */
@@ -310,9 +311,9 @@ ATTR INLINE float NAME(weights)(float *score, int64_t count, float scale)
     return NAME(total)(sum);
 }
 
-/* y[q] = sum over positions of weight[q] value / sum[q], for `nb` vectors of `nx` heads; the last vector has `last` numbers. */
+/* y[q] = sum over positions of weight[q] value / sum[q]; `nb` vectors of `last` numbers each, of `nx` heads. */
 ATTR INLINE void NAME(weighted)(void *y, const void *value, const float *weight, const float *sum, int64_t count,
-                                       int64_t width, int64_t stride, int64_t last, const int nb, const int nx, const int bits)
+                                int64_t width, int64_t stride, int64_t last, const int nb, const int nx, const int bits)
 {
     vec total[MOST][MOST];
     for (int b = 0; b < nb; b++)
@@ -320,7 +321,8 @@ ATTR INLINE void NAME(weighted)(void *y, const void *value, const float *weight,
             total[b][q] = (vec){0};
     for (int64_t i = 0; i < count; i++)
         for (int b = 0; b < nb; b++) {
-            vec v = last == LANES ? NAME(load)(value, i * width + b * LANES, bits) : NAME(load_part)(value, i * width, last, bits);
+            vec v = last == LANES ? NAME(load)(value, i * width + b * LANES, bits)
+                                  : NAME(load_part)(value, i * width, last, bits);
             for (int q = 0; q < nx; q++)
                 total[b][q] += weight[q * stride + i] * v;
         }
@@ -338,8 +340,10 @@ ATTR INLINE void NAME(attend_one)(const struct attention *job, int64_t row, int6
     const int64_t count = position + 1 - first, stride = (count + LANES - 1) / LANES * LANES;
     const int64_t at = (slot * job->kv_heads + kv) * job->room * width;
     char *keys = (char *)job->keys + at * size, *values = (char *)job->values + at * size;
-    memcpy(keys + position * width * size, (const char *)job->k + (row * job->k_stride + kv * width) * size, width * size);
-    memcpy(values + position * width * size, (const char *)job->v + (row * job->v_stride + kv * width) * size, width * size);
+    memcpy(keys + position * width * size, (const char *)job->k + (row * job->k_stride + kv * width) * size,
+           width * size);
+    memcpy(values + position * width * size, (const char *)job->v + (row * job->v_stride + kv * width) * size,
+           width * size);
     keys += first * width * size, values += first * width * size;
     for (int64_t h = 0; h < group; h += MOST) {
         const char *q = (const char *)job->q + (row * job->q_stride + (kv * group + h) * width) * size;
@@ -353,8 +357,8 @@ ATTR INLINE void NAME(attend_one)(const struct attention *job, int64_t row, int6
         for (int64_t g = 0; g < MOST && h + g < group; g++)
             sum[g] = NAME(weights)(score + g * stride, count, job->scale);
         for (i = 0; i + MOST * LANES <= width; i += MOST * LANES)
-            EACH_COUNT(group - h, NAME(weighted)(y + i * size, values + i * size, score, sum, count, width, stride, LANES,
-                                                 MOST, COUNT, bits));
+            EACH_COUNT(group - h, NAME(weighted)(y + i * size, values + i * size, score, sum, count, width, stride,
+                                                 LANES, MOST, COUNT, bits));
         for (; i < width; i += LANES)
             EACH_COUNT(group - h, NAME(weighted)(y + i * size, values + i * size, score, sum, count, width, stride,
                                                  width - i < LANES ? width - i : LANES, 1, COUNT, bits));
@@ -371,7 +375,7 @@ ATTR static void NAME(attention)(struct attention *job, int t)
             NAME(attend_one)(job, u / job->kv_heads, u % job->kv_heads, job->score + t * job->score_stride, 32);
 }
 
-/* ---- the gate of the MLP ------------------------------------------------------------------------------------------- */
+/* ---- the gate of the MLP ---------------------------------------------------------------------------------------- */
 
 /* 1 / (1 + e^-z), by e^-|z|. */
 ATTR INLINE vec NAME(sigmoid)(vec z)
@@ -388,8 +392,10 @@ ATTR INLINE void NAME(gate_of)(const struct gate *job, int64_t first, int64_t st
             const int64_t count = job->width - i < LANES ? job->width - i : LANES, at = row * 2 * job->width + i;
             const int whole = count == LANES;
             vec g = whole ? NAME(load)(job->x, at, bits) : NAME(load_part)(job->x, at, count, bits);
-            vec u = whole ? NAME(load)(job->x, at + job->width, bits) : NAME(load_part)(job->x, at + job->width, count, bits);
-            vec z = job->gelu ? g * (1.5957691216f + 0.0713548163f * g * g) : g; /* 2 sqrt(2 / pi), and 0.044715 of it */
+            vec u = whole ? NAME(load)(job->x, at + job->width, bits)
+                          : NAME(load_part)(job->x, at + job->width, count, bits);
+            /* 2 sqrt(2 / pi), and 0.044715 of it */
+            vec z = job->gelu ? g * (1.5957691216f + 0.0713548163f * g * g) : g;
             vec v = NAME(sigmoid)(z) * g;
             v = (bits == 16 ? NAME(wide)(NAME(rounded)(v)) : v) * u;
             if (whole)
