@@ -6,6 +6,8 @@ this processor has.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+
 import torch
 
 missing: str | None = None
@@ -19,3 +21,16 @@ else:
     rows.use(2)
 
 BITS = {torch.bfloat16: 16, torch.float32: 32}  # the dtypes it is for
+Tried = Callable[[torch.Generator, torch.dtype], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+
+
+def why_not(device: torch.device, dtype: torch.dtype, tried: Tried, allowed: Mapping[torch.dtype, float]) -> str | None:
+    """None where kernels of it can be used: what each and its plain twin give for the same random rows, which `tried`
+    draws, differs by `allowed` at most, ||fast - plain|| / ||plain||."""
+    if device.type != "cpu" or dtype not in BITS:
+        return f"not for {dtype} on {device.type}"
+    if missing is not None:
+        return missing
+    pairs = tried(torch.Generator().manual_seed(0), dtype)
+    error = max(float((fast.float() - plain.float()).norm() / plain.float().norm()) for fast, plain in pairs)
+    return None if error <= allowed[dtype] else f"{error:.1e} > {allowed[dtype]:.0e}"
