@@ -40,7 +40,7 @@ test-all: $(VENV)/.dev
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror src/lora_cmqa/kernels/_rows.[ch]
+	$(BIN)/clang-format --dry-run -Werror $(C)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
