@@ -215,7 +215,7 @@ def test_who_comes_and_goes_leaves_nothing_behind(serving):
         pytest.skip("the compiled kernel is not here")
     engine.generate([asks("a", 1), asks("b", 2)])
     engine.forget("a"), engine.forget("b")
-    held = [weakref.ref(t) for t in ()]
+    held = []
     for name in "ab":
         prepared = engine.adapters.acquire(name)
         held += [weakref.ref(ab.a) for ab in prepared.parts.values()]

@@ -179,7 +179,9 @@ static int integers(PyObject *const *args, Py_ssize_t given, long long *v, Py_ss
 }
 
 static void add_in_thread(void *data)
-{ run.adapters((const struct adapters *)data, omp_get_thread_num(), omp_get_num_threads()); }
+{
+    run.adapters((const struct adapters *)data, omp_get_thread_num(), omp_get_num_threads());
+}
 
 static PyObject *add(PyObject *self, PyObject *const *args, Py_ssize_t count)
 {
@@ -234,7 +236,9 @@ static PyObject *pointwise(PyObject *self, PyObject *const *args, Py_ssize_t cou
 }
 
 static void attend_in_thread(void *data)
-{ run.attention((struct attention *)data, omp_get_thread_num()); }
+{
+    run.attention((struct attention *)data, omp_get_thread_num());
+}
 
 /* The last argument is a float. */
 static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t count)
@@ -276,7 +280,9 @@ static PyObject *attend(PyObject *self, PyObject *const *args, Py_ssize_t count)
 }
 
 static void gate_in_thread(void *data)
-{ run.gate((const struct gate *)data, omp_get_thread_num(), omp_get_num_threads()); }
+{
+    run.gate((const struct gate *)data, omp_get_thread_num(), omp_get_num_threads());
+}
 
 /* y, x, rows, width, gelu, bits, threads */
 static PyObject *gated(PyObject *self, PyObject *const *args, Py_ssize_t count)

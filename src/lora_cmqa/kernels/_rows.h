@@ -8,7 +8,9 @@
 
 /* bfloat16 is the upper half of a float32. */
 ATTR INLINE vec NAME(wide)(half h)
-{ return (vec)(__builtin_convertvector(h, word) << 16); }
+{
+    return (vec)(__builtin_convertvector(h, word) << 16);
+}
 
 /* Rounded to the nearest, ties to even, as torch does; a NaN stays one. */
 ATTR INLINE half NAME(rounded)(vec v)
@@ -30,23 +32,37 @@ ATTR INLINE vec NAME(load)(const void *p, int64_t at, const int bits)
     return NAME(wide)(h);
 }
 
-/* The first `count` of a vector, then zeros. */
+/* The first `count` of a vector, then zeros; all of it from LANES on. */
 ATTR INLINE vec NAME(load_part)(const void *p, int64_t at, int64_t count, const int bits)
 {
+    if (count >= LANES)
+        return NAME(load)(p, at, bits);
     uint8_t room[sizeof(vec)] = {0};
     int size = bits / 8;
     memcpy(room, (const uint8_t *)p + at * size, count * size);
     return NAME(load)(room, 0, bits);
 }
 
-ATTR INLINE void NAME(store_part)(void *p, int64_t at, int64_t count, vec v, const int bits)
+ATTR INLINE void NAME(store)(void *p, int64_t at, vec v, const int bits)
 {
     if (bits == 32) {
-        memcpy((float *)p + at, &v, count * sizeof(float));
+        memcpy((float *)p + at, &v, sizeof v);
         return;
     }
     half h = NAME(rounded)(v);
-    memcpy((uint16_t *)p + at, &h, count * sizeof(uint16_t));
+    memcpy((uint16_t *)p + at, &h, sizeof h);
+}
+
+ATTR INLINE void NAME(store_part)(void *p, int64_t at, int64_t count, vec v, const int bits)
+{
+    uint8_t room[sizeof(vec)];
+    const int size = bits / 8;
+    if (count >= LANES) {
+        NAME(store)(p, at, v, bits);
+        return;
+    }
+    NAME(store)(room, 0, v, bits);
+    memcpy((uint8_t *)p + at * size, room, count * size);
 }
 
 ATTR INLINE float NAME(total)(vec v)
@@ -94,7 +110,7 @@ ATTR INLINE void NAME(dots)(const void *a, const void *x, float *small, int64_t 
             small[q * units + p] = NAME(total)(sum[p][q]);
 }
 
-/* y[q, : count] += sum over j of small[q, j] b[j] for `nx` rows. */
+/* y[q, : count], at most a vector, += sum over j of small[q, j] b[j] for `nx` rows. */
 ATTR INLINE void NAME(add_block)(void *y, const void *b, const float *small, int64_t rank, int64_t out, int64_t units,
                                  int64_t count, const int nx, const int bits)
 {
@@ -106,11 +122,6 @@ ATTR INLINE void NAME(add_block)(void *y, const void *b, const float *small, int
         vec w = NAME(load)(b, j * LANES, bits);
         for (int q = 0; q < nx; q++)
             sum[q] += small[q * units + j] * w;
-    }
-    if (count == LANES) {
-        for (int q = 0; q < nx; q++)
-            NAME(store_part)(y, q * out, LANES, NAME(load)(y, q * out, bits) + sum[q], bits);
-        return;
     }
     for (int q = 0; q < nx; q++)
         NAME(store_part)(y, q * out, count, NAME(load_part)(y, q * out, count, bits) + sum[q], bits);
@@ -171,7 +182,7 @@ ATTR INLINE void NAME(adapters_share)(const struct adapters *job, int t, int n, 
                 column += job->outs[module++];
             }
             const int64_t at = (block - past) * LANES;
-            const int64_t count = job->outs[module] - at < LANES ? job->outs[module] - at : LANES;
+            const int64_t count = job->outs[module] - at;
             const char *b = (const char *)g->b + block * g->rank * LANES * size;
             for (int64_t m = 0; m < g->stop - g->first; m += MOST) {
                 char *y = (char *)job->y + ((g->first + m) * out + column + at) * size;
@@ -196,23 +207,13 @@ ATTR static void NAME(adapters)(const struct adapters *job, int t, int n)
 
 ATTR INLINE void NAME(widen)(float *to, const void *from, int64_t at, int64_t width, const int bits)
 {
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES) {
-        vec v = NAME(load)(from, at + i, bits);
-        memcpy(to + i, &v, sizeof v);
-    }
-    if (i < width) {
-        vec v = NAME(load_part)(from, at + i, width - i, bits);
-        memcpy(to + i, &v, (width - i) * sizeof(float));
-    }
+    for (int64_t i = 0; i < width; i += LANES)
+        NAME(store_part)(to, i, width - i, NAME(load_part)(from, at + i, width - i, bits), 32);
 }
 
 ATTR INLINE void NAME(narrow)(void *to, int64_t at, const float *from, int64_t width, const int bits)
 {
-    int64_t i = 0;
-    for (; i + LANES <= width; i += LANES)
-        NAME(store_part)(to, at + i, LANES, NAME(load)(from, i, 32), bits);
-    if (i < width)
+    for (int64_t i = 0; i < width; i += LANES)
         NAME(store_part)(to, at + i, width - i, NAME(load_part)(from, i, width - i, 32), bits);
 }
 
@@ -221,27 +222,25 @@ ATTR INLINE void NAME(norm)(float *x, const float *gain, int64_t width, float ep
 {
     vec sum = {0};
     for (int64_t i = 0; i < width; i += LANES) {
-        vec v = i + LANES <= width ? NAME(load)(x, i, 32) : NAME(load_part)(x, i, width - i, 32);
+        vec v = NAME(load_part)(x, i, width - i, 32);
         sum += v * v;
     }
     const float inverse = 1.0f / sqrtf(NAME(total)(sum) / (float)width + eps);
     for (int64_t i = 0; i < width; i += LANES) {
-        vec g = i + LANES <= width ? NAME(load)(gain, i, 32) : NAME(load_part)(gain, i, width - i, 32);
-        vec v = NAME(load)(x, i, 32) * inverse * g;
-        NAME(store_part)(x, i, LANES, bits == 16 ? NAME(wide)(NAME(rounded)(v)) : v, 32);
+        vec v = NAME(load)(x, i, 32) * inverse * NAME(load_part)(gain, i, width - i, 32);
+        NAME(store)(x, i, bits == 16 ? NAME(wide)(NAME(rounded)(v)) : v, 32);
     }
 }
 
-/* Each head of each row: norm where there is a gain, rotation where there is a cosine, a sum where there is one to add.
- */
+/* Each head of each row: norm where there is a gain, rotation where there are angles, a sum where one is asked for. */
 ATTR INLINE void NAME(pointwise_of)(const struct pointwise *job, float *room, const int bits)
 {
-    const int64_t width = job->width, half = width / 2;
-    float *x = room, *more = x + width + LANES, *cosine = more + width, *sine = cosine + half;
+    const int64_t width = job->width, pairs = width / 2;
+    float *x = room, *more = x + width + LANES, *cosine = more + width, *sine = cosine + pairs;
     for (int64_t row = 0; row < job->rows; row++) {
         if (job->cosine) {
-            NAME(widen)(cosine, job->cosine, row * job->angle_stride, half, bits);
-            NAME(widen)(sine, job->sine, row * job->angle_stride, half, bits);
+            NAME(widen)(cosine, job->cosine, row * job->angle_stride, pairs, bits);
+            NAME(widen)(sine, job->sine, row * job->angle_stride, pairs, bits);
         }
         for (int64_t head = 0; head < job->heads; head++) {
             const int64_t at = (row * job->heads + head) * width;
@@ -249,10 +248,10 @@ ATTR INLINE void NAME(pointwise_of)(const struct pointwise *job, float *room, co
             if (job->gain)
                 NAME(norm)(x, job->gain + head * job->gain_stride, width, job->eps, bits);
             if (job->cosine)
-                for (int64_t i = 0; i < half; i++) {
-                    const float a = x[i], b = x[half + i];
+                for (int64_t i = 0; i < pairs; i++) {
+                    const float a = x[i], b = x[pairs + i];
                     x[i] = a * cosine[i] - b * sine[i];
-                    x[half + i] = b * cosine[i] + a * sine[i];
+                    x[pairs + i] = b * cosine[i] + a * sine[i];
                 }
             if (job->added) {
                 NAME(widen)(more, job->added, at, width, bits);
@@ -301,17 +300,14 @@ ATTR INLINE float NAME(weights)(float *score, int64_t count, float scale)
     vec sum = {0};
     for (int64_t i = 0; i < count; i += LANES) {
         vec v = NAME(exponential)((NAME(load)(score, i, 32) - most) * scale);
-        if (count - i < LANES) {
-            NAME(store_part)(score, i, LANES, v, 32);
-            v = NAME(load_part)(score, i, count - i, 32);
-        }
-        NAME(store_part)(score, i, LANES, v, 32);
-        sum += v;
+        NAME(store)(score, i, v, 32);
+        sum += NAME(load_part)(score, i, count - i, 32);
     }
     return NAME(total)(sum);
 }
 
-/* y[q] = sum over positions of weight[q] value / sum[q]; `nb` vectors of `last` numbers each, of `nx` heads. */
+/* y[q] = sum over positions of weight[q] value / sum[q]; `nb` vectors of `nx` heads; a lone one may end after `last`.
+ */
 ATTR INLINE void NAME(weighted)(void *y, const void *value, const float *weight, const float *sum, int64_t count,
                                 int64_t width, int64_t stride, int64_t last, const int nb, const int nx, const int bits)
 {
@@ -321,8 +317,7 @@ ATTR INLINE void NAME(weighted)(void *y, const void *value, const float *weight,
             total[b][q] = (vec){0};
     for (int64_t i = 0; i < count; i++)
         for (int b = 0; b < nb; b++) {
-            vec v = last == LANES ? NAME(load)(value, i * width + b * LANES, bits)
-                                  : NAME(load_part)(value, i * width, last, bits);
+            vec v = NAME(load_part)(value, i * width + b * LANES, last, bits);
             for (int q = 0; q < nx; q++)
                 total[b][q] += weight[q * stride + i] * v;
         }
@@ -361,7 +356,7 @@ ATTR INLINE void NAME(attend_one)(const struct attention *job, int64_t row, int6
                                                  LANES, MOST, COUNT, bits));
         for (; i < width; i += LANES)
             EACH_COUNT(group - h, NAME(weighted)(y + i * size, values + i * size, score, sum, count, width, stride,
-                                                 width - i < LANES ? width - i : LANES, 1, COUNT, bits));
+                                                 width - i, 1, COUNT, bits));
     }
 }
 
@@ -389,19 +384,13 @@ ATTR INLINE void NAME(gate_of)(const struct gate *job, int64_t first, int64_t st
 {
     for (int64_t row = first; row < stop; row++)
         for (int64_t i = 0; i < job->width; i += LANES) {
-            const int64_t count = job->width - i < LANES ? job->width - i : LANES, at = row * 2 * job->width + i;
-            const int whole = count == LANES;
-            vec g = whole ? NAME(load)(job->x, at, bits) : NAME(load_part)(job->x, at, count, bits);
-            vec u = whole ? NAME(load)(job->x, at + job->width, bits)
-                          : NAME(load_part)(job->x, at + job->width, count, bits);
+            const int64_t left = job->width - i, at = row * 2 * job->width + i;
+            vec g = NAME(load_part)(job->x, at, left, bits), u = NAME(load_part)(job->x, at + job->width, left, bits);
             /* 2 sqrt(2 / pi), and 0.044715 of it */
             vec z = job->gelu ? g * (1.5957691216f + 0.0713548163f * g * g) : g;
             vec v = NAME(sigmoid)(z) * g;
             v = (bits == 16 ? NAME(wide)(NAME(rounded)(v)) : v) * u;
-            if (whole)
-                NAME(store_part)(job->y, row * job->width + i, LANES, v, bits);
-            else
-                NAME(store_part)(job->y, row * job->width + i, count, v, bits);
+            NAME(store_part)(job->y, row * job->width + i, left, v, bits);
         }
 }
 

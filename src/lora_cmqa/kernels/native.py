@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
+from .kernel import distance
+
 missing: str | None = None
 try:
     from . import _rows as rows
@@ -26,11 +28,11 @@ Tried = Callable[[torch.Generator, torch.dtype], Iterable[tuple[torch.Tensor, to
 
 def why_not(device: torch.device, dtype: torch.dtype, tried: Tried, allowed: Mapping[torch.dtype, float]) -> str | None:
     """None where kernels of it can be used: what each and its plain twin give for the same random rows, which `tried`
-    draws, differs by `allowed` at most, ||fast - plain|| / ||plain||."""
+    draws, is `distance` of `allowed` at most."""
     if device.type != "cpu" or dtype not in BITS:
         return f"not for {dtype} on {device.type}"
     if missing is not None:
         return missing
     pairs = tried(torch.Generator().manual_seed(0), dtype)
-    error = max(float((fast.float() - plain.float()).norm() / plain.float().norm()) for fast, plain in pairs)
+    error = max(distance(fast, plain) for fast, plain in pairs)
     return None if error <= allowed[dtype] else f"{error:.1e} > {allowed[dtype]:.0e}"

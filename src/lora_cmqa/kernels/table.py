@@ -21,7 +21,7 @@ import torch
 
 from ..messages import say
 from . import attention, head, liger, lora_linear, mlp, norm, quantized, rope
-from .kernel import Kernel, Way
+from .kernel import Kernel, Way, distance
 
 Case = tuple[Sequence[Any], dict[str, Any]]  # arguments of a kernel
 
@@ -122,7 +122,7 @@ def _case_differs(
     except Exception as e:  # whatever a build or a driver raises: the twin needs only plain operations
         return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}"
     plain = _run(kernel.twin, args, {k: v for k, v in kwargs.items() if k not in kernel.without})
-    error = max(_distance(a, b) for a, b in zip(fast, plain, strict=True))
+    error = max(distance(a, b) for a, b in zip(fast, plain, strict=True))
     return None if error <= _ALLOWED[dtype] else f"{error:.1e} > {_ALLOWED[dtype]:.0e}"  # nan compares as different
 
 
@@ -135,12 +135,6 @@ def _run(function: Callable[..., torch.Tensor], args: Sequence[Any], kwargs: dic
         return [out]
     upstream = torch.linspace(-1, 1, out.numel(), device=out.device).reshape(out.shape).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, wanted, upstream)]
-
-
-def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
-    a, b = a.double().cpu(), b.double().cpu()
-    error = float((a - b).norm() / b.norm())
-    return error if error == error else float("inf")
 
 
 # ---- small cases -----------------------------------------------------------------------------------------------------
